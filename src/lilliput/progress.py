@@ -1,0 +1,100 @@
+"""One bar with an ETA, and lines for people. All of it goes to standard error, so that standard output stays for results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+_LINE_EVERY = 15.0  # seconds between two lines where there is no terminal to draw a bar on
+
+console = Console(stderr=True, highlight=False)
+
+
+class Advance(Protocol):
+    """What `bar` yields: call it with the steps done and a note to show behind the bar."""
+
+    def __call__(self, n: int = 1, note: str = "") -> None: ...
+
+
+def say(text: str) -> None:
+    """One line for people."""
+    console.print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    """One warning for people."""
+    console.print(f"warning: {text}", style="yellow", markup=False)
+
+
+@contextmanager
+def bar(description: str, total: int | None, *, shown: bool = True) -> Iterator[Advance]:
+    """A progress bar with elapsed and remaining time; without a terminal, a line now and then.
+
+    Args:
+        description: what is being done, a few words.
+        total: the number of steps, or None when it is not known.
+        shown: False draws nothing (for callers that were told to be quiet).
+    """
+    if not shown:
+        yield lambda n=1, note="": None
+    elif console.is_terminal:
+        with _terminal_bar(description, total) as advance:
+            yield advance
+    else:
+        yield _Lines(description, total)
+
+
+@contextmanager
+def _terminal_bar(description: str, total: int | None) -> Iterator[Advance]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total, note="")
+
+        def advance(n: int = 1, note: str = "") -> None:
+            progress.update(task, advance=n, note=note) if note else progress.advance(task, n)
+
+        yield advance
+
+
+class _Lines:
+    """Progress where there is no terminal: at most a line every few seconds, and one at the end."""
+
+    def __init__(self, description: str, total: int | None) -> None:
+        self.description, self.total, self.done = description, total, 0
+        self.started = self.said = time.monotonic()
+
+    def __call__(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.said < _LINE_EVERY and self.done != self.total:
+            return
+        self.said = now
+        spent = now - self.started
+        of = f"/{self.total}, {spent * (self.total - self.done) / max(self.done, 1):.0f} s left" if self.total else ""
+        say(f"{self.description}: {self.done}{of} ({spent:.0f} s) {note}".rstrip())
+
+
+def track(
+    iterable: Iterable[T], description: str, total: int | None = None, *, shown: bool = True
+) -> Iterator[T]:
+    """Yield from `iterable` under a `bar`; `total` is taken from its length when it has one."""
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    with bar(description, total, shown=shown) as advance:
+        for item in iterable:
+            yield item
+            advance()
