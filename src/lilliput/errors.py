@@ -27,7 +27,8 @@ class LilliputError(Exception):
     def __init__(self, what: str, *, where: str | None = None, todo: str | None = None) -> None:
         self.what, self.where, self.todo = what, where, todo
         head = f"{where}: {what}" if where else what
-        super().__init__(f"{head.rstrip('.')}. {todo}" if todo else head)
+        ended = head if head.endswith((".", "?", "!")) else f"{head}."
+        super().__init__(f"{ended} {todo}" if todo else head)
 
 
 class UsageError(LilliputError):
@@ -61,6 +62,6 @@ class DiskError(LilliputError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The clause that ends an error about an unknown name: `"; did you mean 'lora.r'?"`, or nothing when none is near."""
+    """What ends an error about an unknown name: `"; did you mean 'lora.r'?"`, or nothing when none is near."""
     found = process.extractOne(name, list(known), scorer=fuzz.WRatio, score_cutoff=_CLOSE_ENOUGH)
     return f"; did you mean '{found[0]}'?" if found else ""

@@ -27,7 +27,7 @@ _CHUNK = 1 << 22  # bytes read at a time when hashing a file
 
 @contextmanager
 def replace(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed onto `path`, on failure removed.
+    """Yield a temporary path beside `path`: on success flushed to disk and renamed onto it, on failure removed.
 
     Parent directories are made. Raises DiskError when the disk is full or the place cannot be written.
     """
@@ -152,7 +152,7 @@ def sha256_text(text: str) -> str:
 class TensorsHash:
     """SHA-256 over named tensors that does not depend on the order in which they come.
 
-    It is the hash of the sorted lines `name dtype shape sha256(bytes)`; bytes are the tensor's own, little endian, row by row.
+    It is the hash of the sorted lines `name dtype shape sha256(bytes)`; the bytes are little endian, row by row.
     """
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class TensorsHash:
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor, any shape and type; it is not kept."""
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self.add_bytes(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), memoryview(raw))
+        self.add_bytes(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), raw.data)
 
     def add_bytes(self, name: str, dtype: str, shape: tuple[int, ...], raw: memoryview | bytes) -> None:
         """The same for bytes that lie in a file, with what they are said to be."""

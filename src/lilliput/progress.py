@@ -1,9 +1,9 @@
-"""One bar with an ETA, and lines for people. All of it goes to standard error, so that standard output stays for results."""
+"""One bar with an ETA, and lines for people; all on standard error, so that standard output stays for results."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -88,11 +88,9 @@ class _Lines:
         say(f"{self.description}: {self.done}{of} ({spent:.0f} s) {note}".rstrip())
 
 
-def track(
-    iterable: Iterable[T], description: str, total: int | None = None, *, shown: bool = True
-) -> Iterator[T]:
+def track(iterable: Iterable[T], description: str, total: int | None = None, *, shown: bool = True) -> Iterator[T]:
     """Yield from `iterable` under a `bar`; `total` is taken from its length when it has one."""
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with bar(description, total, shown=shown) as advance:
         for item in iterable:
