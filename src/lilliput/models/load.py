@@ -1,0 +1,257 @@
+"""Load a model: an empty one from its config, then tensor after tensor, quantized as they come.
+
+Peak memory is that of the quantized model and one tensor. transformers' own `from_pretrained` places the tensors (it
+knows the renamings and ties of every architecture); it is handed readers instead of tensors, and what it would only
+warn about is an error here. Not here: checkpoints quantized by other libraries; loading from the hub's revisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lilliput.errors import CheckpointError, UsageError, nearest
+from lilliput.formats import FORMATS
+from lilliput.layers.identity import ATTRIBUTE, IdentitySource, Stamp
+from lilliput.models.convert import config_directory, model_tensors
+from lilliput.models.gguf import hash_gguf, open_gguf
+from lilliput.models.hf import METHOD, LilliputConfig, config_for
+from lilliput.models.locate import Source, locate
+from lilliput.models.rope import take_over_factors
+from lilliput.models.stream import StoredTensor, directory_files, hash_directory, stored_tensors
+from lilliput.progress import bar
+
+_SHOWN = 4  # names in an error about many
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that is about to be loaded.
+
+    Attributes:
+        source: where it lies.
+        directory: the config, generation config and tokenizer.
+        config: of the model; its `quantization_config` is taken off.
+        stored: how its layers are quantized in the files, or None.
+        tensors: readers by the names of the files (for GGUF: of the model).
+        hash_weights: the hash of the original checkpoint's tensors.
+    """
+
+    source: Source
+    directory: Path
+    config: PreTrainedConfig
+    stored: LilliputConfig | None
+    tensors: dict[str, StoredTensor]
+    hash_weights: Callable[[], str]
+
+
+def load_model(
+    model: str | Path,
+    *,
+    format: str = "none",
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Load `model` in evaluation mode, quantizing its linear layers while they are read.
+
+    Args:
+        model: a Hugging Face directory (safetensors, also sharded), a .gguf file, a hub id, or a catalogue name.
+        format: "nf4" or "fp4", or "none" for the checkpoint's own numbers. A directory that is quantized already loads
+            as it was stored, with "none" or its own format.
+        double_quant: quantize the absmax values too.
+        dtype: of everything that is not quantized (embeddings, norms, heads). float32 is the fast one on most CPUs.
+        progress: show a bar on standard error.
+    Returns:
+        The model, with `base_identity` on it. Nothing is frozen but the quantized layers.
+    Raises:
+        UsageError: an unknown format, or another one than the directory has.
+        CheckpointError: files missing, cut short or malformed; tensors missing, unexpected or of another shape.
+    """
+    if format != "none" and format not in FORMATS:
+        raise UsageError(
+            f"unknown number format '{format}'{nearest(format, [*FORMATS, 'none'])}",
+            todo=f"There are: {', '.join(FORMATS)}, none.",
+        )
+    checkpoint = _open(locate(model))
+    stored = checkpoint.stored
+    if stored is not None and format not in ("none", stored.format):
+        raise UsageError(
+            f"is quantized to {stored.format} already and cannot be loaded as {format}",
+            where=checkpoint.source.name,
+            todo=f"Use --format {stored.format} (or none), or quantize the original model again.",
+        )
+    wanted = config_for(format, double_quant=double_quant) if stored is None and format != "none" else None
+    loaded = _fill(checkpoint, wanted, dtype, progress)
+    return _finish(loaded, checkpoint)
+
+
+def _open(source: Source) -> Checkpoint:
+    return _open_directory(source) if source.kind == "directory" else _open_gguf(source)
+
+
+def _open_directory(source: Source) -> Checkpoint:
+    config = _read_config(source.path)
+    stored = _take_quantization(config, source)
+    stamps = [Stamp.of(file) for file in directory_files(source.path)]
+    remembered = stored.weights_sha256 if stored else None
+    return Checkpoint(
+        source=source,
+        directory=source.path,
+        config=config,
+        stored=stored,
+        tensors=stored_tensors(source.path, mapped=stored is not None),
+        hash_weights=partial(_hash_stamped, stamps, remembered, partial(hash_directory, source.path)),
+    )
+
+
+def _open_gguf(source: Source) -> Checkpoint:
+    file = open_gguf(source.path)
+    directory = config_directory(file)
+    config = _read_config(directory)
+    take_over_factors(file, config)
+    with torch.device("meta"):
+        empty = _model_class(config)._from_config(config)
+    tied = empty.all_tied_weights_keys
+    return Checkpoint(
+        source=source,
+        directory=directory,
+        config=config,
+        stored=None,
+        tensors=model_tensors(file, config, empty.state_dict(), tied),
+        hash_weights=partial(_hash_stamped, [Stamp.of(source.path)], None, partial(hash_gguf, source.path)),
+    )
+
+
+def _hash_stamped(stamps: list[Stamp], remembered: str | None, hash_files: Callable[[], str]) -> str:
+    """What a quantized directory remembers of its original, or the hash of the files if they have not changed."""
+    if remembered:
+        return remembered
+    for stamp in stamps:
+        stamp.check()
+    return hash_files()
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"is no configuration that transformers can use ({str(error).strip().splitlines()[0]})",
+            where=str(directory / "config.json"),
+        ) from error
+
+
+def _take_quantization(config: PreTrainedConfig, source: Source) -> LilliputConfig | None:
+    """How a directory is quantized; refuses what other libraries have quantized."""
+    content = getattr(config, "quantization_config", None)
+    if content is None:
+        return None
+    method = content.get("quant_method") if isinstance(content, dict) else None
+    if method != METHOD:
+        raise CheckpointError(
+            f"is quantized by '{method}', which is not read here",
+            where=source.name,
+            todo="Give the original model, or load it with transformers and the library that made it.",
+        )
+    return LilliputConfig.from_dict(content)
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that the config names, else the one for causal language models."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    try:
+        with torch.device("meta"):
+            return type(AutoModelForCausalLM.from_config(config))
+    except ValueError as error:
+        raise CheckpointError(f"transformers has no model for '{config.model_type}'", where="config.json") from error
+
+
+def _fill(checkpoint: Checkpoint, wanted: LilliputConfig | None, dtype: torch.dtype, progress: bool) -> PreTrainedModel:
+    """Have transformers build the empty model and place every tensor, and refuse whatever does not fit exactly."""
+    name = checkpoint.source.name
+    verb = f"Quantizing {Path(name).name} to {wanted.format}" if wanted else f"Loading {Path(name).name}"
+    with bar(verb, len(checkpoint.tensors), shown=progress) as advance, _quiet_transformers():
+        counted = {key: replace(t, load=partial(_counted, t.load, advance)) for key, t in checkpoint.tensors.items()}
+        try:
+            found: Any = _model_class(checkpoint.config).from_pretrained(
+                None,
+                config=checkpoint.config,
+                state_dict=counted,
+                dtype=dtype,
+                quantization_config=wanted,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except RuntimeError as error:  # how transformers reports what failed while a tensor was converted
+            failures = wanted.failures if wanted else []
+            raise (failures[0] if failures else CheckpointError(str(error), where=name)) from error
+    loaded, info = found
+    _check(info, name)
+    return loaded
+
+
+def _counted(load: Callable[[], Tensor], advance: Callable[[], None]) -> Tensor:
+    tensor = load()
+    advance()
+    return tensor
+
+
+def _check(info: dict[str, Any], name: str) -> None:
+    """Raise CheckpointError unless every tensor of the model was in the checkpoint, with its shape, and no other."""
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, found, expected = mismatched[0]
+        raise CheckpointError(
+            f"{len(mismatched)} tensors have another shape than config.json says: '{key}' is {list(found)}, "
+            f"expected {list(expected)}",
+            where=name,
+            todo="Weights and config.json belong to different models.",
+        )
+    for kind, what in (
+        ("missing_keys", "are missing from"),
+        ("unexpected_keys", "have no place in the model but lie in"),
+    ):
+        if keys := sorted(info[kind]):
+            more = ", …" if len(keys) > _SHOWN else ""
+            raise CheckpointError(
+                f"{len(keys)} tensors {what} the checkpoint: {', '.join(keys[:_SHOWN])}{more}",
+                where=name,
+                todo="Weights and config.json belong to different models, or files are missing.",
+            )
+
+
+def _finish(loaded: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
+    """Generation config, name, identity."""
+    name = checkpoint.source.name
+    if (checkpoint.directory / "generation_config.json").is_file() and loaded.can_generate():
+        loaded.generation_config = GenerationConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    loaded.name_or_path = loaded.config.name_or_path = name
+    setattr(loaded, ATTRIBUTE, IdentitySource(name, checkpoint.hash_weights))
+    return loaded.eval()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No second progress bar, and no report of what we raise as an error; both settings as they were afterwards."""
+    verbosity, shown = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,109 @@
+"""Write a model, quantized or not, as a Hugging Face directory that `load_model` and `from_pretrained` read again.
+
+Weights first, `config.json` last, each written beside and renamed: a full disk or a crash leaves the files that were
+there. Not here: sharding (one file of any size is read by memory map), other libraries' quantized formats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lilliput.errors import DiskError, FormatError, UsageError
+from lilliput.files import replace, write_json, write_safetensors
+from lilliput.layers import identity_of, quantized_layers
+from lilliput.layers.replace import linear_names
+from lilliput.models.hf import config_for
+from lilliput.models.stream import INDEX, WEIGHTS
+
+
+def save_model(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write `model` and, when given, `tokenizer` into `directory`, which is made when it is not there.
+
+    A quantized model keeps its codes; the hash of the checkpoint that it was quantized from is remembered in
+    config.json.
+
+    Raises:
+        UsageError: the model carries adapters (those are saved by `lilliput.lora.save_adapter`), or `directory` is a
+            file.
+        FormatError: layers of more than one number format.
+        DiskError: the disk is full or the place cannot be written; files that were there before are unchanged.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise UsageError("is a file, expected a directory to save into", where=str(directory))
+    tensors = _own_tensors(model)
+    config = _config_json(model)
+    if tokenizer is not None:
+        _save_tokenizer(tokenizer, directory)
+    if model.can_generate():
+        write_json(directory / "generation_config.json", json.loads(model.generation_config.to_json_string()))
+    write_safetensors(directory / WEIGHTS, tensors)
+    (directory / INDEX).unlink(missing_ok=True)  # of a sharded model that was here before
+    write_json(directory / "config.json", config)
+
+
+def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict without the second name of tied tensors."""
+    tied = model.all_tied_weights_keys
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if any(part.startswith("lora_") for part in name.split(".")):
+            raise UsageError(
+                f"the model carries adapters ('{name}')",
+                where="save_model",
+                todo="Save them with lilliput.lora.save_adapter, or merge them into a dequantized copy first.",
+            )
+        source = tied.get(name)
+        if source is None or not _same(tensor, model.get_parameter(source)):
+            tensors[name] = tensor
+    return tensors
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+def _config_json(model: PreTrainedModel) -> dict[str, object]:
+    content = json.loads(model.config.to_json_string())
+    content.pop("quantization_config", None)
+    content.pop("_name_or_path", None)
+    content["architectures"] = [type(model).__name__]
+    content["dtype"] = str(model.dtype).removeprefix("torch.")
+    content["transformers_version"] = transformers.__version__
+    layers = [layer for _, layer in quantized_layers(model)]
+    if layers:
+        content["quantization_config"] = _quantization_json(model, {(q.format_name, q.double_quant) for q in layers})
+    return content
+
+
+def _quantization_json(model: PreTrainedModel, kinds: set[tuple[str, bool]]) -> dict[str, object]:
+    if len(kinds) > 1:
+        raise FormatError(f"the model's layers are quantized in {len(kinds)} ways: {sorted(kinds)}", where="save_model")
+    ((format, double_quant),) = kinds
+    config = config_for(
+        format,
+        double_quant=double_quant,
+        skip_modules=linear_names(model),
+        weights_sha256=identity_of(model).weights_sha256,
+    )
+    return config.to_dict()
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Let transformers write the tokenizer's files elsewhere, then bring each in place."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer") as made:
+            tokenizer.save_pretrained(made)
+            for file in sorted(path for path in Path(made).rglob("*") if path.is_file()):
+                with replace(directory / file.relative_to(made)) as temporary:
+                    os.replace(file, temporary)
+    except OSError as error:
+        raise DiskError(f"the tokenizer could not be written ({error})", where=str(directory)) from error

@@ -1,0 +1,170 @@
+"""QuantizedLinear computes with the dequantized weight, and survives what is done to modules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lilliput import formats
+from lilliput.errors import FormatError, UsageError
+from lilliput.layers import QuantizedLinear
+
+KINDS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
+SHAPES = [(64, 128), (7, 9), (1, 1), (3, 200)]  # (in, out); odd products end in half a byte, ragged blocks
+
+
+def make_linear(shape: tuple[int, int] = (64, 128), bias: bool = True) -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(*shape, bias=bias)
+
+
+def tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(layer.state_dict())
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    mine, theirs = tensors(one), tensors(other)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("format", "double_quant"), KINDS)
+def test_forward_is_the_product_with_the_reference_dequantization(format, double_quant, shape):
+    linear = make_linear(shape)
+    layer = QuantizedLinear.from_linear(linear, format, double_quant)
+    weight = formats.dequantize(formats.quantize(linear.weight.detach(), format, double_quant))
+    x = torch.randn(2, 5, shape[0])
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, linear.bias))
+    torch.testing.assert_close(layer.dequantize(), weight, rtol=0, atol=0)
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == shape
+
+
+def test_gradients_reach_input_and_bias_and_nothing_else():
+    layer = QuantizedLinear.from_linear(make_linear())
+    layer.bias.requires_grad_(True)
+    x = torch.randn(3, 64, requires_grad=True)
+    layer(x).square().sum().backward()
+    weight = layer.dequantize()
+    y = x.detach() @ weight.T + layer.bias.detach()
+    torch.testing.assert_close(x.grad, 2 * y @ weight)
+    torch.testing.assert_close(layer.bias.grad, 2 * y.sum(0))
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["bias"]
+
+
+def test_conv1d_is_transposed_on_the_way_in():
+    torch.manual_seed(0)
+    conv = Conv1D(96, 64)  # GPT-2's: weight [in, out]
+    nn.init.normal_(conv.bias)
+    layer = QuantizedLinear.from_linear(conv, "nf4", False)
+    assert (layer.in_features, layer.out_features) == (64, 96)
+    x = torch.randn(4, 64)
+    expected = formats.dequantize(formats.quantize(conv.weight.detach().t().contiguous(), "nf4", False))
+    torch.testing.assert_close(layer(x), x @ expected.T + conv.bias)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_state_dict_has_plain_names_and_fills_an_empty_layer(double_quant):
+    layer = QuantizedLinear.from_linear(make_linear(), "nf4", double_quant)
+    nested = {"weight_absmax_scale", "weight_absmax_offset"} if double_quant else set()
+    assert set(layer.state_dict()) == {"weight", "weight_absmax", "bias"} | nested
+    assert layer.weight.dtype == torch.uint8
+    assert layer.weight.shape == (64 * 128 // 2, 1)
+    empty = QuantizedLinear.empty(64, 128, True, "nf4", double_quant)
+    assert all(p.device.type == "meta" and not p.requires_grad for p in empty.parameters())
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(layer.state_dict())
+    assert_same(filled, layer)
+
+
+def test_bytes_are_what_the_formats_promise():
+    layer = QuantizedLinear.from_linear(make_linear((1024, 512), bias=False))
+    numel, blocks = 1024 * 512, 1024 * 512 // 64
+    counted = sum(p.nelement() * p.element_size() for p in layer.parameters())
+    assert counted == numel // 2 + blocks + blocks // 256 * 4 + 4 == layer.quantized.nbytes
+    assert counted * 8 / numel == pytest.approx(4.127, abs=2e-3)  # QLoRA, section 3: 4 + 0.127 bits
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_changing_the_type_leaves_codes_and_constants_alone(dtype, double_quant):
+    layer = QuantizedLinear.from_linear(make_linear(), "nf4", double_quant)
+    before = {name: tensor.clone() for name, tensor in tensors(layer).items()}
+    layer.to(dtype)
+    assert layer.bias.dtype == dtype
+    for name in before.keys() - {"bias"}:
+        assert layer.state_dict()[name].dtype == before[name].dtype
+        assert torch.equal(layer.state_dict()[name], before[name])
+    assert layer(torch.randn(2, 64).to(dtype)).dtype == dtype
+
+
+def test_half_and_float_on_a_whole_model_change_no_weight():
+    model = nn.Sequential(QuantizedLinear.from_linear(make_linear()), nn.LayerNorm(128))
+    before = model[0].dequantize()
+    model.half().float()
+    assert torch.equal(model[0].dequantize(), before)
+
+
+def test_deepcopy_and_pickle_give_an_equal_and_independent_layer():
+    layer = QuantizedLinear.from_linear(make_linear())
+    x = torch.randn(3, 64)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)]
+    for other in copies:
+        assert_same(other, layer)
+        assert torch.equal(other(x), layer(x))
+        other.weight.zero_()
+    assert layer.weight.any()
+
+
+def test_training_mode_and_missing_bias_are_kept():
+    assert QuantizedLinear.from_linear(make_linear(bias=False).eval()).bias is None
+    assert not QuantizedLinear.from_linear(make_linear().eval()).training
+    assert QuantizedLinear.from_linear(make_linear().train()).training
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused(bad):
+    linear = make_linear()
+    linear.weight.data[3, 5] = bad
+    with pytest.raises(FormatError):
+        QuantizedLinear.from_linear(linear)
+
+
+def test_wrong_names_and_shapes_are_refused():
+    with pytest.raises(UsageError, match="did you mean 'nf4'"):
+        QuantizedLinear.from_linear(make_linear(), "nf5")
+    quantized = formats.quantize(torch.randn(8, 64))
+    with pytest.raises(FormatError, match=r"bias has shape \(9,\), expected \(8,\)"):
+        QuantizedLinear(quantized, torch.zeros(9))
+    with pytest.raises(FormatError, match=r"\(out, in\)"):
+        QuantizedLinear(formats.quantize(torch.randn(2, 4, 64)))
+    with pytest.raises(FormatError, match=r"\(16, 64\), expected \(8, 64\)"):
+        QuantizedLinear(quantized).hold(formats.quantize(torch.randn(16, 64)))
+
+
+def test_an_empty_layer_makes_room_and_is_filled_in_place():
+    source = QuantizedLinear.from_linear(make_linear())
+    layer = QuantizedLinear.empty(64, 128, bias=True)
+    layer.make_room("cpu")
+    assert layer.bias.device.type == "meta"
+    before = layer.weight
+    layer.fill(source.quantized)
+    assert layer.weight is before
+    torch.testing.assert_close(layer.dequantize(), source.dequantize(), rtol=0, atol=0)
+    with pytest.raises(FormatError, match="'nf4', False"):
+        layer.fill(formats.quantize(make_linear().weight.detach(), "nf4", False))
+
+
+def test_repr_says_the_format():
+    assert "format=fp4, double_quant=False" in repr(QuantizedLinear.from_linear(make_linear(), "fp4", False))

@@ -1,0 +1,123 @@
+"""transformers' own `from_pretrained` and `save_pretrained` with our number formats."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, RobertaConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+import lilliput
+from lilliput.errors import CheckpointError, UsageError
+from lilliput.layers import QuantizedLinear, identity_of, quantized_layers
+from lilliput.models import load_model
+from lilliput.models.hf import config_for
+from tests.models.conftest import make_model
+
+IDS = torch.arange(3, 99).reshape(2, 48)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2", "gpt2"])
+@pytest.mark.parametrize("config", [lilliput.NF4Config(), lilliput.NF4Config(double_quant=False), lilliput.FP4Config()])
+def test_from_pretrained_equals_load_model_and_survives_save_pretrained(kind, config, tmp_path):
+    make_model(kind).save_pretrained(tmp_path / "original")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original", quantization_config=config)
+    ours = load_model(tmp_path / "original", format=config.format, double_quant=config.double_quant, progress=False)
+    assert torch.equal(logits(model), logits(ours))
+    assert identity_of(model) == identity_of(ours)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
+    assert identity_of(again).weights_sha256 == identity_of(model).weights_sha256
+    assert identity_of(again).quantized_sha256 == identity_of(model).quantized_sha256
+    assert torch.equal(logits(load_model(tmp_path / "saved", progress=False)), logits(model))
+    assert not any(
+        p.requires_grad for _, layer in quantized_layers(again) for p in layer.parameters() if p is not layer.bias
+    )
+
+
+def test_it_is_registered_with_its_method_name():
+    assert AUTO_QUANTIZER_MAPPING["lilliput"].__name__ == "LilliputQuantizer"
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["lilliput"].from_dict({"format": "fp4"}).__class__ is lilliput.FP4Config
+
+
+def test_one_config_serves_two_models_of_different_shape(tmp_path):
+    config = lilliput.NF4Config()
+    for kind in ("llama", "gpt2"):
+        make_model(kind).save_pretrained(tmp_path / kind)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / kind, quantization_config=config)
+        assert list(quantized_layers(model))
+    assert config.skip_modules is None
+
+
+def test_skip_modules_are_left_alone(tiny_model_dir):
+    config = lilliput.NF4Config(skip_modules=["lm_head", "o_proj"])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config)
+    assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear
+    assert type(model.model.layers[0].self_attn.q_proj) is QuantizedLinear
+
+
+def test_a_classifier_keeps_its_head(tmp_path):
+    config = RobertaConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=lilliput.NF4Config())
+    assert len(list(quantized_layers(loaded))) == 6
+    assert torch.equal(loaded.classifier.dense.weight, model.classifier.dense.weight)
+
+
+def test_training_goes_through_to_what_is_attached(tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=lilliput.NF4Config())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
+    assert model.hf_quantizer.is_trainable
+    assert model.hf_quantizer.is_qat_trainable
+    assert model.is_quantized
+
+
+def test_a_quantized_config_round_trips_through_json(tiny_model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, quantization_config=lilliput.FP4Config(double_quant=False)
+    )
+    model.config.save_pretrained(tmp_path)
+    content = AutoConfig.from_pretrained(tmp_path).quantization_config
+    assert content["format"] == "fp4"
+    assert content["double_quant"] is False
+    assert content["skip_modules"] == ["lm_head"]
+    assert config_for(**content).to_dict() == content
+    json.dumps(content)
+
+
+def test_missing_codes_are_an_error_not_random_numbers(tiny_model_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=lilliput.NF4Config())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight_absmax"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no tensor for 'model\.layers\.0\.mlp\.up_proj\.weight_absmax'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight_absmax"):
+        load_model(tmp_path, progress=False)
+
+
+def test_unknown_keys_formats_and_blocks_are_refused():
+    with pytest.raises(UsageError, match="unknown key 'duoble_quant'; did you mean 'double_quant'"):
+        lilliput.NF4Config(duoble_quant=True)
+    with pytest.raises(UsageError, match="unknown number format 'nf5'; did you mean 'nf4'"):
+        config_for("nf5")
+    with pytest.raises(UsageError, match="NF4Config is for 'nf4', not 'fp4'"):
+        lilliput.NF4Config(format="fp4")
+    with pytest.raises(CheckpointError, match="blocks of 128 values, expected 64"):
+        lilliput.NF4Config(block=128)

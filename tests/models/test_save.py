@@ -1,0 +1,169 @@
+"""What is saved loads again as it was, and a save that fails loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lilliput.errors import DiskError, FormatError, UsageError
+from lilliput.layers import QuantizedLinear, identity_of, replace_linears
+from lilliput.models import load_model, load_tokenizer, save_model
+from lilliput.models.stream import INDEX, WEIGHTS
+from tests.models.conftest import make_model
+
+IDS = torch.arange(3, 99).reshape(2, 48)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize(("format", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("none", True)])
+def test_a_saved_model_loads_again_bit_for_bit_by_both_ways(kind, format, double_quant, tmp_path):
+    make_model(kind).save_pretrained(tmp_path / "original")
+    model = load_model(tmp_path / "original", format=format, double_quant=double_quant, progress=False)
+    save_model(model, tmp_path / "saved")
+    expected = model.state_dict()
+    for again in (
+        load_model(tmp_path / "saved", progress=False),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved"),
+    ):
+        got = again.state_dict()
+        assert got.keys() == expected.keys()
+        assert all(
+            torch.equal(got[name], tensor) and got[name].dtype == tensor.dtype for name, tensor in expected.items()
+        )
+        assert torch.equal(logits(again), logits(model))
+        assert again.get_memory_footprint() == model.get_memory_footprint()
+        identity = identity_of(again)
+        assert identity.quantized_sha256 == identity_of(model).quantized_sha256
+        if format != "none":
+            assert identity.weights_sha256 == identity_of(model).weights_sha256
+            assert identity.format == format
+        for target, source in model.all_tied_weights_keys.items():
+            assert again.get_parameter(target) is again.get_parameter(source)
+
+
+def test_the_config_says_how_it_was_quantized(tmp_path, tiny_model_dir):
+    model = load_model(tiny_model_dir, format="nf4", progress=False)
+    save_model(model, tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["quantization_config"] == {
+        "quant_method": "lilliput",
+        "format": "nf4",
+        "double_quant": True,
+        "block": 64,
+        "skip_modules": ["lm_head"],
+        "weights_sha256": identity_of(model).weights_sha256,
+    }
+    assert content["architectures"] == ["LlamaForCausalLM"]
+    assert "_name_or_path" not in content
+
+
+def test_an_unusual_choice_of_layers_comes_back(tmp_path, tiny_llama):
+    model = tiny_llama()
+    replaced = replace_linears(model, skip=["down_proj", "model.layers.1.self_attn.q_proj"])
+    save_model(model, tmp_path)
+    again = load_model(tmp_path, progress=False)
+    assert [n for n, m in again.named_modules() if isinstance(m, QuantizedLinear)] == replaced
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_the_tokenizer_is_saved_beside(tmp_path, tiny_llama, tiny_tokenizer):
+    save_model(tiny_llama(), tmp_path, tiny_tokenizer)
+    for again in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert again("The river, 12").input_ids == tiny_tokenizer("The river, 12").input_ids
+        assert again.chat_template == tiny_tokenizer.chat_template
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_quantized_directory_is_refused_as_another_format(tmp_path, tiny_model_dir):
+    save_model(load_model(tiny_model_dir, format="nf4", progress=False), tmp_path)
+    assert load_model(tmp_path, format="nf4", progress=False).config.quantization_config.format == "nf4"
+    with pytest.raises(UsageError, match="is quantized to nf4 already and cannot be loaded as fp4"):
+        load_model(tmp_path, format="fp4")
+
+
+def test_saving_over_the_directory_that_is_mapped_keeps_the_numbers(tmp_path, tiny_model_dir):
+    save_model(load_model(tiny_model_dir, format="nf4", progress=False), tmp_path)
+    mapped = load_model(tmp_path, progress=False)
+    before = logits(mapped)
+    save_model(load_model(tiny_model_dir, format="fp4", progress=False), tmp_path)
+    assert torch.equal(logits(mapped), before)
+    save_model(mapped, tmp_path)
+    assert torch.equal(logits(load_model(tmp_path, progress=False)), before)
+
+
+def test_writing_into_a_loaded_model_does_not_reach_the_file(tmp_path, tiny_model_dir):
+    save_model(load_model(tiny_model_dir, format="nf4", progress=False), tmp_path)
+    raw = (tmp_path / WEIGHTS).read_bytes()
+    with torch.no_grad():
+        load_model(tmp_path, progress=False).model.norm.weight.zero_()
+    assert (tmp_path / WEIGHTS).read_bytes() == raw
+
+
+def test_an_index_of_shards_from_before_goes(tmp_path, tiny_llama):
+    tiny_llama(seed=1).save_pretrained(tmp_path, max_shard_size="50KB")
+    assert (tmp_path / INDEX).is_file()
+    model = tiny_llama()
+    save_model(model, tmp_path)
+    assert torch.equal(logits(load_model(tmp_path, progress=False)), logits(model))
+
+
+FULL = """
+import resource, sys
+from lilliput.errors import DiskError
+from lilliput.models import load_model, save_model
+model = load_model(sys.argv[1], format="nf4", progress=False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # more than config.json, less than the weights
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    save_model(model, sys.argv[2])
+except DiskError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, tiny_model_dir):
+    save_model(load_model(tiny_model_dir, format="fp4", progress=False), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    command = [sys.executable, "-c", FULL, str(tiny_model_dir), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "model.safetensors: could not be written" in done.stdout
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_disk_that_fills_while_the_tokenizer_is_written_says_so(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(tiny_tokenizer), "save_pretrained", full)
+    with pytest.raises(DiskError, match=r"tokenizer could not be written.*No space left"):
+        save_model(tiny_llama(), tmp_path, tiny_tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path, tiny_llama):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(UsageError, match="is a file, expected a directory"):
+        save_model(tiny_llama(), tmp_path / "file")
+    mixed = tiny_llama()
+    replace_linears(mixed, "nf4", skip=["o_proj"])
+    mixed.model.layers[0].self_attn.o_proj = QuantizedLinear.from_linear(mixed.model.layers[0].self_attn.o_proj, "fp4")
+    with pytest.raises(FormatError, match="quantized in 2 ways"):
+        save_model(mixed, tmp_path / "mixed")
+    adapted = tiny_llama()
+    adapted.model.norm.lora_A = nn.Parameter(torch.zeros(1))
+    with pytest.raises(UsageError, match=r"carries adapters.*save_adapter"):
+        save_model(adapted, tmp_path / "adapted")
+    assert not (tmp_path / "mixed").exists()
+    assert not (tmp_path / "adapted").exists()
