@@ -1,0 +1,125 @@
+// The only file that knows Python. Tensors arrive as DLPack arrays, so nothing here is compiled against torch; shapes
+// and types are checked by the caller (lilliput/kernels), sizes are checked again here because a wrong one would crash.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "ops/ops.h"
+
+namespace nb = nanobind;
+using namespace lilliput;
+
+namespace {
+
+template <typename T>
+using Flat = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+using Any = nb::ndarray<nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Maybe = std::optional<Flat<T>>;
+
+void need(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+int64_t size(const auto& array) {
+  return static_cast<int64_t>(array.size());
+}
+
+int64_t blocks_in(int64_t numel, int64_t block) {
+  return (numel + block - 1) / block;
+}
+
+Reals reals(const Any& array) {
+  const nb::dlpack::dtype type = array.dtype();
+  if (type == nb::dtype<float>()) return {array.data(), Real::f32};
+  need(type.bits == 16 && type.lanes == 1, "reals must be float32, float16 or bfloat16");
+  if (type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat)) return {array.data(), Real::bf16};
+  need(type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float), "reals must be float32, float16 or bfloat16");
+  return {array.data(), Real::f16};
+}
+
+// The constants of the blocks: float32, or uint8 with the list of values, scales and offset of double quantization.
+Blocks4 blocks(const Flat<const uint8_t>& codes, const Flat<const float>& codebook, int64_t numel, int64_t block,
+               const Any& absmax, const Maybe<const float>& book, const Maybe<const float>& scale,
+               const Maybe<const float>& offset) {
+  need(block > 0 && block <= max_block && block % 2 == 0, "block must be even and at most 4096");
+  need(size(codes) == (numel + 1) / 2, "codes: wrong size");
+  need(size(codebook) == 16, "codebook: 16 values");
+  need(size(absmax) == blocks_in(numel, block), "absmax: wrong size");
+  Blocks4 w{codes.data(), codebook.data(), numel, block, nullptr, nullptr, nullptr, nullptr, 0.0f};
+  if (!scale) {
+    need(absmax.dtype() == nb::dtype<float>(), "absmax must be float32");
+    w.absmax = static_cast<const float*>(absmax.data());
+    return w;
+  }
+  need(absmax.dtype() == nb::dtype<uint8_t>(), "absmax must be uint8 with double quantization");
+  need(book && size(*book) == 256 && offset && size(*offset) == 1, "double quantization: values or offset missing");
+  need(size(*scale) == blocks_in(size(absmax), absmax_block), "absmax_scale: wrong size");
+  w.absmax8 = static_cast<const uint8_t*>(absmax.data());
+  w.absmax_book = book->data();
+  w.absmax_scale = scale->data();
+  w.absmax_offset = *offset->data();
+  return w;
+}
+
+int64_t py_quantize_4bit(const Any& x, const Flat<const float>& codebook, int64_t block, Flat<uint8_t> codes,
+                         Flat<float> absmax, int threads) {
+  const int64_t numel = size(x);
+  need(block > 0 && block <= max_block && block % 2 == 0, "block must be even and at most 4096");
+  need(size(codebook) == 16 && size(codes) == (numel + 1) / 2, "codebook or codes: wrong size");
+  need(size(absmax) == blocks_in(numel, block), "absmax: wrong size");
+  const Reals from = reals(x);
+  nb::gil_scoped_release released;
+  return quantize_4bit(from, numel, block, codebook.data(), codes.data(), absmax.data(), threads);
+}
+
+void py_dequantize_4bit(const Flat<const uint8_t>& codes, const Flat<const float>& codebook, int64_t block,
+                        const Any& absmax, const Maybe<const float>& book, const Maybe<const float>& scale,
+                        const Maybe<const float>& offset, const Any& out, int threads) {
+  const Blocks4 w = blocks(codes, codebook, size(out), block, absmax, book, scale, offset);
+  const Reals to = reals(out);
+  nb::gil_scoped_release released;
+  dequantize_4bit(w, to, threads);
+}
+
+void py_linear_4bit(const Flat<const float>& x, const Flat<const uint8_t>& codes, const Flat<const float>& codebook,
+                    int64_t block, const Any& absmax, const Maybe<const float>& book, const Maybe<const float>& scale,
+                    const Maybe<const float>& offset, const Maybe<const float>& bias, Flat<float> y, int threads) {
+  need(x.ndim() == 2 && y.ndim() == 2 && x.shape(0) == y.shape(0), "x and y must be matrices of as many rows");
+  const auto rows = static_cast<int64_t>(x.shape(0)), k = static_cast<int64_t>(x.shape(1));
+  const auto n = static_cast<int64_t>(y.shape(1));
+  const Blocks4 w = blocks(codes, codebook, n * k, block, absmax, book, scale, offset);
+  need(!bias || size(*bias) == n, "bias: wrong size");
+  nb::gil_scoped_release released;
+  linear_4bit(w, x.data(), rows, k, n, bias ? bias->data() : nullptr, y.data(), threads);
+}
+
+void py_linear_4bit_backward(const Flat<const float>& gy, const Flat<const uint8_t>& codes,
+                             const Flat<const float>& codebook, int64_t block, const Any& absmax,
+                             const Maybe<const float>& book, const Maybe<const float>& scale,
+                             const Maybe<const float>& offset, Flat<float> gx, int threads) {
+  need(gy.ndim() == 2 && gx.ndim() == 2 && gy.shape(0) == gx.shape(0), "gy and gx must be matrices of as many rows");
+  const auto rows = static_cast<int64_t>(gy.shape(0)), n = static_cast<int64_t>(gy.shape(1));
+  const auto k = static_cast<int64_t>(gx.shape(1));
+  const Blocks4 w = blocks(codes, codebook, n * k, block, absmax, book, scale, offset);
+  nb::gil_scoped_release released;
+  linear_4bit_backward(w, gy.data(), rows, k, n, gx.data(), threads);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "Lilliput's compiled core; called by lilliput.kernels only.";
+  m.def("instruction_set", [] { return isa_name(chosen_isa()); });
+  m.def("supported_instruction_set", [] { return isa_name(supported_isa()); });
+  m.def("quantize_4bit", &py_quantize_4bit);
+  m.def("dequantize_4bit", &py_dequantize_4bit, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+  m.def("linear_4bit", &py_linear_4bit, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+  m.def("linear_4bit_backward", &py_linear_4bit_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+}

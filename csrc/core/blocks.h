@@ -1,0 +1,51 @@
+// Numbers in 4 bits as they lie in memory, and where their constants are. The layout is the saved one
+// (formats/format.py): two codes a byte, the earlier number in the high nibble; one absmax per `block` numbers of flat
+// storage; rows of a matrix follow each other without padding, so a row may start inside a block and, where rows are
+// odd, inside a byte.
+#pragma once
+
+#include <cstdint>
+
+// Never a call: this header is compiled for several instruction sets, and the linker must not mix their copies.
+#define LILLIPUT_INLINE inline __attribute__((always_inline))
+
+namespace lilliput {
+
+constexpr int64_t absmax_block = 256;  // formats.DYNAMIC8.block; bindings.cpp checks the number of scales
+
+struct Blocks4 {
+  const uint8_t* codes;   // [ceil(numel / 2)]
+  const float* codebook;  // [16], in code order
+  int64_t numel;
+  int64_t block;              // numbers per absmax; even
+  const float* absmax;        // [blocks], or null with double quantization:
+  const uint8_t* absmax8;     // [blocks] codes of
+  const float* absmax_book;   // [256],
+  const float* absmax_scale;  // [ceil(blocks / absmax_block)],
+  float absmax_offset;        // added back
+
+  // The absmax of one block; compiled without contraction, so that product and sum round as the reference's do.
+  LILLIPUT_INLINE float absmax_of(int64_t index) const {
+    if (absmax != nullptr) return absmax[index];
+    return absmax_book[absmax8[index]] * absmax_scale[(uint64_t)index / absmax_block] + absmax_offset;
+  }
+
+  LILLIPUT_INLINE int code_of(int64_t index) const {
+    const uint8_t pair = codes[index >> 1];
+    return index & 1 ? pair & 15 : pair >> 4;
+  }
+};
+
+enum class Real { f32, f16, bf16 };
+
+LILLIPUT_INLINE int bytes_of(Real kind) {
+  return kind == Real::f32 ? 4 : 2;
+}
+
+// A tensor of reals, flat.
+struct Reals {
+  void* data;
+  Real kind;
+};
+
+}  // namespace lilliput

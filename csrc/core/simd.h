@@ -1,0 +1,282 @@
+// The vector of the instruction set that this file is being compiled for: F floats, I 32-bit integers, kWidth lanes.
+// Included by *.simd.cpp only, which are compiled once per instruction set with LILLIPUT_ISA set to its name;
+// everything lives in a namespace of that name, so that no copy can stand in for another. No standard templates here or
+// there: the linker would keep one copy of them, compiled for whichever instruction set came first.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "core/blocks.h"
+
+#if defined(LILLIPUT_ISA_AVX512) || defined(LILLIPUT_ISA_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace lilliput {
+namespace LILLIPUT_ISA {
+
+#if defined(LILLIPUT_ISA_AVX512)
+
+constexpr int kWidth = 16;
+using F = __m512;
+using I = __m512i;
+
+LILLIPUT_INLINE F load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+LILLIPUT_INLINE void store(float* p, F a) {
+  _mm512_storeu_ps(p, a);
+}
+LILLIPUT_INLINE F set1(float a) {
+  return _mm512_set1_ps(a);
+}
+LILLIPUT_INLINE F add(F a, F b) {
+  return _mm512_add_ps(a, b);
+}
+LILLIPUT_INLINE F mul(F a, F b) {
+  return _mm512_mul_ps(a, b);
+}
+LILLIPUT_INLINE F fma(F a, F b, F c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+LILLIPUT_INLINE F clamp1(F a) {
+  return _mm512_min_ps(_mm512_max_ps(a, set1(-1.0f)), set1(1.0f));
+}
+LILLIPUT_INLINE I bits(F a) {
+  return _mm512_castps_si512(a);
+}
+LILLIPUT_INLINE I iset1(int32_t a) {
+  return _mm512_set1_epi32(a);
+}
+LILLIPUT_INLINE I iand(I a, I b) {
+  return _mm512_and_si512(a, b);
+}
+LILLIPUT_INLINE I iadd(I a, I b) {
+  return _mm512_add_epi32(a, b);
+}
+LILLIPUT_INLINE I imax(I a, I b) {
+  return _mm512_max_epi32(a, b);
+}
+LILLIPUT_INLINE int32_t reduce_max(I a) {
+  return _mm512_reduce_max_epi32(a);
+}
+LILLIPUT_INLINE I greater(F a, F b, int32_t value) {  // value where a > b, else 0
+  return _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), value);
+}
+LILLIPUT_INLINE void store_bytes(uint8_t* p, I a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a));
+}
+
+struct Table {
+  F values;
+};
+LILLIPUT_INLINE Table table(const float* p) {
+  return {load(p)};
+}
+LILLIPUT_INLINE F lookup(Table t, I index) {
+  return _mm512_permutexvar_ps(index, t.values);
+}  // low 4 bits count
+
+// kWidth packed bytes: the earlier (high) and the later (low) code of each.
+LILLIPUT_INLINE void load_pairs(const uint8_t* p, I& earlier, I& later) {
+  later = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  earlier = _mm512_srli_epi32(later, 4);
+}
+// a0 a1 .. and b0 b1 .. to a0 b0 a1 b1 ..
+LILLIPUT_INLINE void interleave(F a, F b, F& low, F& high) {
+  const I first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  low = _mm512_permutex2var_ps(a, first, b);
+  high = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
+}
+LILLIPUT_INLINE void deinterleave(F low, F high, F& even, F& odd) {
+  const I first = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  even = _mm512_permutex2var_ps(low, first, high);
+  odd = _mm512_permutex2var_ps(low, _mm512_add_epi32(first, _mm512_set1_epi32(1)), high);
+}
+
+#elif defined(LILLIPUT_ISA_AVX2)
+
+constexpr int kWidth = 8;
+using F = __m256;
+using I = __m256i;
+
+LILLIPUT_INLINE F load(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+LILLIPUT_INLINE void store(float* p, F a) {
+  _mm256_storeu_ps(p, a);
+}
+LILLIPUT_INLINE F set1(float a) {
+  return _mm256_set1_ps(a);
+}
+LILLIPUT_INLINE F add(F a, F b) {
+  return _mm256_add_ps(a, b);
+}
+LILLIPUT_INLINE F mul(F a, F b) {
+  return _mm256_mul_ps(a, b);
+}
+LILLIPUT_INLINE F fma(F a, F b, F c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+LILLIPUT_INLINE F clamp1(F a) {
+  return _mm256_min_ps(_mm256_max_ps(a, set1(-1.0f)), set1(1.0f));
+}
+LILLIPUT_INLINE I bits(F a) {
+  return _mm256_castps_si256(a);
+}
+LILLIPUT_INLINE I iset1(int32_t a) {
+  return _mm256_set1_epi32(a);
+}
+LILLIPUT_INLINE I iand(I a, I b) {
+  return _mm256_and_si256(a, b);
+}
+LILLIPUT_INLINE I iadd(I a, I b) {
+  return _mm256_add_epi32(a, b);
+}
+LILLIPUT_INLINE I imax(I a, I b) {
+  return _mm256_max_epi32(a, b);
+}
+LILLIPUT_INLINE int32_t reduce_max(I a) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1));
+  return _mm_cvtsi128_si32(m);
+}
+LILLIPUT_INLINE I greater(F a, F b, int32_t value) {
+  return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)), iset1(value));
+}
+LILLIPUT_INLINE void store_bytes(uint8_t* p, I a) {
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+}
+
+struct Table {
+  F low, high;
+};
+LILLIPUT_INLINE Table table(const float* p) {
+  return {load(p), load(p + 8)};
+}
+LILLIPUT_INLINE F lookup(Table t, I index) {  // low 4 bits count: three choose the lane, the fourth the half
+  const F half = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index), half);
+}
+LILLIPUT_INLINE void load_pairs(const uint8_t* p, I& earlier, I& later) {
+  later = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  earlier = _mm256_srli_epi32(later, 4);
+}
+LILLIPUT_INLINE void interleave(F a, F b, F& low, F& high) {
+  const F x = _mm256_unpacklo_ps(a, b), y = _mm256_unpackhi_ps(a, b);
+  low = _mm256_permute2f128_ps(x, y, 0x20);
+  high = _mm256_permute2f128_ps(x, y, 0x31);
+}
+LILLIPUT_INLINE void deinterleave(F low, F high, F& even, F& odd) {
+  const F x = _mm256_permute2f128_ps(low, high, 0x20), y = _mm256_permute2f128_ps(low, high, 0x31);
+  even = _mm256_shuffle_ps(x, y, 0x88);
+  odd = _mm256_shuffle_ps(x, y, 0xDD);
+}
+
+#else  // portable: gcc's and clang's own vectors, which become SSE2 or NEON registers
+
+constexpr int kWidth = 4;
+typedef float F __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));
+
+LILLIPUT_INLINE F load(const float* p) {
+  F a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+LILLIPUT_INLINE void store(float* p, F a) {
+  memcpy(p, &a, sizeof a);
+}
+LILLIPUT_INLINE F set1(float a) {
+  return F{a, a, a, a};
+}
+LILLIPUT_INLINE F add(F a, F b) {
+  return a + b;
+}
+LILLIPUT_INLINE F mul(F a, F b) {
+  return a * b;
+}
+LILLIPUT_INLINE F fma(F a, F b, F c) {
+  return a * b + c;
+}  // two roundings
+LILLIPUT_INLINE I bits(F a) {
+  return (I)a;
+}
+LILLIPUT_INLINE I iset1(int32_t a) {
+  return I{a, a, a, a};
+}
+LILLIPUT_INLINE I iand(I a, I b) {
+  return a & b;
+}
+LILLIPUT_INLINE I iadd(I a, I b) {
+  return a + b;
+}
+LILLIPUT_INLINE I imax(I a, I b) {
+  const I more = a > b;
+  return (a & more) | (b & ~more);
+}
+LILLIPUT_INLINE F clamp1(F a) {
+  for (int i = 0; i < kWidth; ++i) a[i] = a[i] < -1.0f ? -1.0f : a[i] > 1.0f ? 1.0f : a[i];
+  return a;
+}
+LILLIPUT_INLINE int32_t reduce_max(I a) {
+  int32_t most = a[0];
+  for (int i = 1; i < kWidth; ++i) most = a[i] > most ? a[i] : most;
+  return most;
+}
+LILLIPUT_INLINE I greater(F a, F b, int32_t value) {
+  return (a > b) & iset1(value);
+}
+LILLIPUT_INLINE void store_bytes(uint8_t* p, I a) {
+  for (int i = 0; i < kWidth; ++i) p[i] = (uint8_t)a[i];
+}
+
+struct Table {
+  const float* values;
+};
+LILLIPUT_INLINE Table table(const float* p) {
+  return {p};
+}
+LILLIPUT_INLINE F lookup(Table t, I index) {
+  return F{t.values[index[0] & 15], t.values[index[1] & 15], t.values[index[2] & 15], t.values[index[3] & 15]};
+}
+LILLIPUT_INLINE void load_pairs(const uint8_t* p, I& earlier, I& later) {
+  later = I{p[0], p[1], p[2], p[3]};
+  earlier = later >> 4;
+}
+LILLIPUT_INLINE void interleave(F a, F b, F& low, F& high) {
+  low = F{a[0], b[0], a[1], b[1]};
+  high = F{a[2], b[2], a[3], b[3]};
+}
+LILLIPUT_INLINE void deinterleave(F low, F high, F& even, F& odd) {
+  even = F{low[0], low[2], high[0], high[2]};
+  odd = F{low[1], low[3], high[1], high[3]};
+}
+
+#endif
+
+// Lanes summed in a fixed order.
+LILLIPUT_INLINE float sum(F a) {
+  float lanes[kWidth];
+  store(lanes, a);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+LILLIPUT_INLINE float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+LILLIPUT_INLINE uint32_t to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+}  // namespace LILLIPUT_ISA
+}  // namespace lilliput

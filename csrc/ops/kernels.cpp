@@ -1,0 +1,29 @@
+// One row of kernels per instruction set, made at first use.
+#include "ops/kernels_of_isa.h"
+
+namespace lilliput {
+
+template <typename... Add>
+static Kernels row(Add... add) {
+  Kernels kernels{};
+  (add(kernels), ...);
+  return kernels;
+}
+
+const Kernels& kernels_of(Isa isa) {
+  static const Kernels rows[] = {
+      row(portable::add_blockwise, portable::add_linear_4bit),
+#if defined(LILLIPUT_X86)
+      row(avx2::add_blockwise, avx2::add_linear_4bit),
+      row(avx512::add_blockwise, avx512::add_linear_4bit),
+#endif
+  };
+  return rows[static_cast<int>(isa)];
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = kernels_of(chosen_isa());
+  return chosen;
+}
+
+}  // namespace lilliput

@@ -1,0 +1,19 @@
+// What each instruction set's copy of a kernel file adds to its row of pointers.
+#pragma once
+
+#include "ops/ops.h"
+
+namespace lilliput {
+namespace portable {
+void add_blockwise(Kernels& kernels);
+void add_linear_4bit(Kernels& kernels);
+}  // namespace portable
+namespace avx2 {
+void add_blockwise(Kernels& kernels);
+void add_linear_4bit(Kernels& kernels);
+}  // namespace avx2
+namespace avx512 {
+void add_blockwise(Kernels& kernels);
+void add_linear_4bit(Kernels& kernels);
+}  // namespace avx512
+}  // namespace lilliput

@@ -1,0 +1,304 @@
+// The parts of a product with a 4-bit matrix, each in one thread: a few rows against the packed codes, and, for many
+// rows, packing into panels and the product of panels. Another weight format brings its own packing and shares the
+// rest.
+#include "core/simd.h"
+#include "ops/kernels_of_isa.h"
+
+namespace lilliput {
+namespace LILLIPUT_ISA {
+
+constexpr int kPair = 2 * kWidth;    // numbers in kWidth bytes of codes
+constexpr int kTileColumns = kPair;  // two vectors of sums a row
+// Rows x 2 vectors of sums, 2 of the right operand, 1 broadcast: 31 of 32, 15 of 16, 11 of 16 registers. A
+// multiply-add takes 4 cycles and two start in each, so at least 8 sums must be under way: 28, 12 and 8 are.
+#if defined(LILLIPUT_ISA_AVX512)
+constexpr int kTileRows = 14;
+#elif defined(LILLIPUT_ISA_AVX2)
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 4;
+#endif
+
+// Whether every run of kPair numbers that starts at a multiple of kPair in its row lies in whole bytes of one block.
+LILLIPUT_INLINE bool aligned(const Blocks4& w, int64_t columns) {
+  return columns % kPair == 0 && w.block % kPair == 0;
+}
+
+// `count` numbers of flat storage from any start: the path for rows that begin inside a byte or end inside a block.
+static void values_of(const Blocks4& w, int64_t start, int64_t count, float* out) {
+  const Table book = table(w.codebook);
+  int64_t block = start / w.block, left = (block + 1) * w.block - start;
+  for (int64_t i = 0; i < count; ++block, left += w.block) {
+    const int64_t end = left < count ? left : count;
+    const float scale = w.absmax_of(block);
+    const F scales = set1(scale);
+    if ((start + i) % 2) out[i] = w.codebook[w.code_of(start + i)] * scale, ++i;
+    for (; i + kPair <= end; i += kPair) {
+      I earlier, later;
+      F low, high;
+      load_pairs(w.codes + (start + i) / 2, earlier, later);
+      interleave(mul(lookup(book, earlier), scales), mul(lookup(book, later), scales), low, high);
+      store(out + i, low);
+      store(out + i + kWidth, high);
+    }
+    for (; i < end; ++i) out[i] = w.codebook[w.code_of(start + i)] * scale;
+  }
+}
+
+// ---- few rows ----
+
+// Each run of kPair numbers becomes its even numbers, then its odd ones: the order in which codes leave their bytes.
+static void split_pairs(const float* x, int64_t rows, int64_t columns, float* out) {
+  for (int64_t i = 0; i + kPair <= rows * columns; i += kPair) {
+    F even, odd;
+    deinterleave(load(x + i), load(x + i + kWidth), even, odd);
+    store(out + i, even);
+    store(out + i + kWidth, odd);
+  }
+}
+
+// One row of W, its codes read once, against R rows of x.
+template <int R>
+LILLIPUT_INLINE void dot_rows(const Blocks4& w, Table book, int64_t columns, const float* pairs, int64_t n,
+                              float* sums) {
+  constexpr int kChains = R == 1 || R > 8 * kWidth / 16 ? 1 : 2;  // sums a row: as many as the registers hold
+  F total[R][kChains];
+  for (int r = 0; r < R; ++r)
+    for (int chain = 0; chain < kChains; ++chain) total[r][chain] = set1(0.0f);
+  const int64_t start = n * columns;
+  int64_t block = start / w.block, left = (block + 1) * w.block - start;
+  for (int64_t k = 0; k < columns; ++block, left += w.block) {
+    const int64_t end = left < columns ? left : columns;
+    const F scale = set1(w.absmax_of(block));
+    F even = set1(0.0f), odd = even;  // one row: sum the block first, scale it once
+    for (; k < end; k += kPair) {
+      I earlier, later;
+      load_pairs(w.codes + (start + k) / 2, earlier, later);
+      F a = lookup(book, earlier), b = lookup(book, later);
+      if (R == 1) {
+        even = fma(a, load(pairs + k), even);
+        odd = fma(b, load(pairs + k + kWidth), odd);
+        continue;
+      }
+      a = mul(a, scale), b = mul(b, scale);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        total[r][0] = fma(a, load(pairs + r * columns + k), total[r][0]);
+        total[r][kChains - 1] = fma(b, load(pairs + r * columns + k + kWidth), total[r][kChains - 1]);
+      }
+    }
+    if (R == 1) total[0][0] = fma(add(even, odd), scale, total[0][0]);
+  }
+  for (int r = 0; r < R; ++r) sums[r] = sum(kChains == 1 ? total[r][0] : add(total[r][0], total[r][kChains - 1]));
+}
+
+template <int R>
+static void few(const Blocks4& w, int64_t columns, const float* pairs, const float* bias, int64_t first, int64_t last,
+                float* y, int64_t y_stride) {
+  const Table book = table(w.codebook);
+  for (int64_t n = first; n < last; ++n) {
+    float sums[R];
+    dot_rows<R>(w, book, columns, pairs, n, sums);
+    for (int r = 0; r < R; ++r) y[r * y_stride + n] = sums[r] + (bias != nullptr ? bias[n] : 0.0f);
+  }
+}
+
+static void few_unaligned(const Blocks4& w, int64_t columns, const float* x, int rows, const float* bias, int64_t first,
+                          int64_t last, float* y, int64_t y_stride, float* scratch) {
+  for (int64_t n = first; n < last; ++n) {
+    values_of(w, n * columns, columns, scratch);
+    for (int r = 0; r < rows; ++r) {
+      F total = set1(0.0f);
+      int64_t k = 0;
+      for (; k + kWidth <= columns; k += kWidth) total = fma(load(scratch + k), load(x + r * columns + k), total);
+      float dot = sum(total);
+      for (; k < columns; ++k) dot += scratch[k] * x[r * columns + k];
+      y[r * y_stride + n] = dot + (bias != nullptr ? bias[n] : 0.0f);
+    }
+  }
+}
+
+static void few_rows(const Blocks4& w, int64_t columns, const float* x, const float* pairs, int rows, const float* bias,
+                     int64_t first, int64_t last, float* y, int64_t y_stride, float* scratch) {
+  if (!aligned(w, columns)) {
+    few_unaligned(w, columns, x, rows, bias, first, last, y, y_stride, scratch);
+    return;
+  }
+  using Few = void (*)(const Blocks4&, int64_t, const float*, const float*, int64_t, int64_t, float*, int64_t);
+  static const Few by_rows[] = {few<1>, few<2>, few<3>, few<4>, few<5>, few<6>, few<7>, few<8>};
+  static_assert(sizeof(by_rows) / sizeof(by_rows[0]) == few_rows_limit, "one instance per number of rows");
+  by_rows[rows - 1](w, columns, pairs, bias, first, last, y, y_stride);
+}
+
+// ---- many rows: packing ----
+
+static void pack_left(const float* x, int64_t x_stride, int64_t rows, int64_t depth, float* panels) {
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    const int64_t count = rows - row < kTileRows ? rows - row : kTileRows;
+    for (int64_t d = 0; d < depth; ++d, panels += kTileRows)
+      for (int64_t r = 0; r < kTileRows; ++r) panels[r] = r < count ? x[(row + r) * x_stride + d] : 0.0f;
+  }
+}
+
+// kWidth rows of W by kPair columns from k, times their absmax, into column `lane0..` of a panel's rows.
+LILLIPUT_INLINE void transpose_codes(const Blocks4& w, Table book, int64_t columns, const int64_t* rows, int64_t k,
+                                     F scales, float* panel) {
+  uint8_t bytes[kWidth][kWidth];  // [byte along k][row]
+  for (int r = 0; r < kWidth; ++r) {
+    const uint8_t* from = w.codes + (rows[r] * columns + k) / 2;
+    for (int j = 0; j < kWidth; ++j) bytes[j][r] = from[j];
+  }
+  for (int j = 0; j < kWidth; ++j) {
+    I earlier, later;
+    load_pairs(bytes[j], earlier, later);
+    store(panel + (2 * j) * kTileColumns, mul(lookup(book, earlier), scales));
+    store(panel + (2 * j + 1) * kTileColumns, mul(lookup(book, later), scales));
+  }
+}
+
+// Half a panel (kWidth rows of W from n, of which `valid` exist) over k..k+k_count.
+static void pack_half_panel(const Blocks4& w, int64_t columns, int64_t n, int64_t valid, int64_t k, int64_t k_count,
+                            float* panel) {
+  const Table book = table(w.codebook);
+  int64_t rows[kWidth];
+  for (int r = 0; r < kWidth; ++r) rows[r] = n + (r < valid ? r : 0);
+  float scales[kWidth];
+  for (int64_t d = 0; d < k_count; d += kPair) {
+    const bool new_block = columns % w.block != 0 || (k + d) % w.block == 0 || d == 0;
+    for (int r = 0; new_block && r < kWidth; ++r)
+      scales[r] = r < valid ? w.absmax_of((rows[r] * columns + k + d) / w.block) : 0.0f;
+    transpose_codes(w, book, columns, rows, k + d, load(scales), panel + d * kTileColumns);
+  }
+}
+
+static void pack_forward_unaligned(const Blocks4& w, int64_t columns, int64_t n, int64_t n_count, int64_t k,
+                                   int64_t k_count, float* panels) {
+  float values[max_depth];
+  for (int64_t first = 0; first < n_count; first += kTileColumns, panels += k_count * kTileColumns) {
+    for (int64_t c = 0; c < kTileColumns; ++c) {
+      if (first + c < n_count) values_of(w, (n + first + c) * columns + k, k_count, values);
+      for (int64_t d = 0; d < k_count; ++d) panels[d * kTileColumns + c] = first + c < n_count ? values[d] : 0.0f;
+    }
+  }
+}
+
+static void pack_forward(const Blocks4& w, int64_t columns, int64_t n, int64_t n_count, int64_t k, int64_t k_count,
+                         float* panels) {
+  if (!aligned(w, columns) || k % kPair || k_count % kPair) {
+    pack_forward_unaligned(w, columns, n, n_count, k, k_count, panels);
+    return;
+  }
+  for (int64_t first = 0; first < n_count; first += kTileColumns, panels += k_count * kTileColumns) {
+    const int64_t here = n_count - first;
+    pack_half_panel(w, columns, n + first, here < kWidth ? here : kWidth, k, k_count, panels);
+    const int64_t rest = here - kWidth;  // a half without rows is packed from the first row, times zero
+    pack_half_panel(w, columns, rest > 0 ? n + first + kWidth : n + first,
+                    rest < 0        ? 0
+                    : rest < kWidth ? rest
+                                    : kWidth,
+                    k, k_count, panels + kWidth);
+  }
+}
+
+static void pack_backward(const Blocks4& w, int64_t columns, int64_t k, int64_t k_count, int64_t n, int64_t n_count,
+                          float* panels) {
+  float values[max_columns + kTileColumns];
+  const int64_t padded = (k_count + kTileColumns - 1) / kTileColumns * kTileColumns;
+  for (int64_t i = k_count; i < padded; ++i) values[i] = 0.0f;
+  for (int64_t d = 0; d < n_count; ++d) {
+    values_of(w, (n + d) * columns + k, k_count, values);
+    for (int64_t c = 0; c < padded; c += kTileColumns) {
+      float* row = panels + c * n_count + d * kTileColumns;
+      store(row, load(values + c));
+      store(row + kWidth, load(values + c + kWidth));
+    }
+  }
+}
+
+// ---- many rows: the product of panels ----
+
+// R x kTileColumns sums in registers over the whole depth.
+template <int R>
+static void tile_product(const float* left, const float* right, int64_t depth, const float* c_from, int64_t from_stride,
+                         float* c, int64_t c_stride) {
+  F sums[R][2];
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+    sums[r][0] = c_from != nullptr ? load(c_from + r * from_stride) : set1(0.0f);
+    sums[r][1] = c_from != nullptr ? load(c_from + r * from_stride + kWidth) : set1(0.0f);
+  }
+  for (int64_t d = 0; d < depth; ++d, left += kTileRows, right += kTileColumns) {
+    const F b0 = load(right), b1 = load(right + kWidth);
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) {
+      const F a = set1(left[r]);
+      sums[r][0] = fma(a, b0, sums[r][0]);
+      sums[r][1] = fma(a, b1, sums[r][1]);
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < R; ++r) {
+    store(c + r * c_stride, sums[r][0]);
+    store(c + r * c_stride + kWidth, sums[r][1]);
+  }
+}
+
+using TileProduct = void (*)(const float*, const float*, int64_t, const float*, int64_t, float*, int64_t);
+
+template <int R>
+struct TileProducts {  // entry r - 1 is the product of r rows
+  static void fill(TileProduct* table) {
+    table[R - 1] = tile_product<R>;
+    TileProducts<R - 1>::fill(table);
+  }
+};
+template <>
+struct TileProducts<0> {
+  static void fill(TileProduct*) {}
+};
+
+// The last columns of c, fewer than a tile's: through a full tile on the stack.
+static void edge_product(TileProduct product, const float* left, const float* right, int64_t rows, int64_t columns,
+                         int64_t depth, const float* c_from, int64_t from_stride, float* c, int64_t c_stride) {
+  float whole[kTileRows * kTileColumns] = {0};
+  if (c_from != nullptr)
+    for (int64_t r = 0; r < rows; ++r)
+      memcpy(whole + r * kTileColumns, c_from + r * from_stride, (size_t)columns * sizeof(float));
+  product(left, right, depth, whole, kTileColumns, whole, kTileColumns);
+  for (int64_t r = 0; r < rows; ++r)
+    memcpy(c + r * c_stride, whole + r * kTileColumns, (size_t)columns * sizeof(float));
+}
+
+static void multiply(const float* left, const float* right, int64_t rows, int64_t columns, int64_t depth, bool add,
+                     const float* start, float* c, int64_t c_stride) {
+  TileProduct products[kTileRows];
+  TileProducts<kTileRows>::fill(products);
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    const int64_t tile_rows = rows - row < kTileRows ? rows - row : kTileRows;
+    const TileProduct product = products[tile_rows - 1];
+    for (int64_t column = 0; column < columns; column += kTileColumns) {
+      const float* panel = right + column * depth;
+      float* here = c + row * c_stride + column;
+      const float* from = add ? here : start != nullptr ? start + column : nullptr;
+      const int64_t from_stride = add ? c_stride : 0;
+      if (columns - column < kTileColumns)
+        edge_product(product, left, panel, tile_rows, columns - column, depth, from, from_stride, here, c_stride);
+      else
+        product(left, panel, depth, from, from_stride, here, c_stride);
+    }
+    left += depth * kTileRows;
+  }
+}
+
+void add_linear_4bit(Kernels& kernels) {
+  kernels.split_pairs = split_pairs;
+  kernels.few_rows = few_rows;
+  kernels.pack_left = pack_left;
+  kernels.pack_forward = pack_forward;
+  kernels.pack_backward = pack_backward;
+  kernels.multiply = multiply;
+  kernels.tile = {kTileRows, kTileColumns};
+}
+
+}  // namespace LILLIPUT_ISA
+}  // namespace lilliput

@@ -1,0 +1,66 @@
+// The kernels of one instruction set as a row of function pointers, and the operations that call them.
+// Kernels (*.simd.cpp) are compiled once per instruction set and work on a range in one thread; operations (the other
+// .cpp files) are compiled once, cut the work into tasks and own the scratch memory.
+#pragma once
+
+#include <cstdint>
+
+#include "core/blocks.h"
+#include "core/cpu.h"
+
+namespace lilliput {
+
+// The product kernel's tile: `rows` x `columns` sums stay in registers.
+struct Tile {
+  int rows, columns;
+};
+
+struct Kernels {
+  // blockwise.simd.cpp. Blocks first..last-1 of x; returns the first block that holds NaN or Inf, or -1.
+  int64_t (*quantize)(Reals x, int64_t numel, int64_t block, const float* bounds, const float* order, int64_t first,
+                      int64_t last, uint8_t* codes, float* absmax);
+  // Numbers first..last-1 of flat storage to out[0..]; `first` is a multiple of the block.
+  void (*dequantize)(const Blocks4& w, int64_t first, int64_t last, Reals out);
+
+  // linear_4bit.simd.cpp. W is [rows of W, columns], columns = the length of x's rows.
+  // x [rows, columns] reordered for few_rows; out has rows * columns floats.
+  void (*split_pairs)(const float* x, int64_t rows, int64_t columns, float* out);
+  // y[m, n] = bias[n] + sum_k x[m, k] W[n, k] for n in first..last-1 and m in 0..rows-1, rows <= few_rows_limit.
+  void (*few_rows)(const Blocks4& w, int64_t columns, const float* x, const float* pairs, int rows, const float* bias,
+                   int64_t first, int64_t last, float* y, int64_t y_stride, float* scratch);
+  // Panels of the product's left operand: tile.rows rows of x interleaved, [panels][depth][tile.rows], zero-padded.
+  void (*pack_left)(const float* x, int64_t x_stride, int64_t rows, int64_t depth, float* panels);
+  // Panels of the right operand, [panels][depth][tile.columns], zero-padded: for y = x W^T the columns are rows n of W
+  // and the depth runs along k; for gx = gy W the columns are columns k of W and the depth runs along n.
+  void (*pack_forward)(const Blocks4& w, int64_t columns, int64_t n, int64_t n_count, int64_t k, int64_t k_count,
+                       float* panels);
+  void (*pack_backward)(const Blocks4& w, int64_t columns, int64_t k, int64_t k_count, int64_t n, int64_t n_count,
+                        float* panels);
+  // c[rows, columns] (+)= left panels . right panels; `start` [columns] or null is what the sums start from when !add.
+  void (*multiply)(const float* left, const float* right, int64_t rows, int64_t columns, int64_t depth, bool add,
+                   const float* start, float* c, int64_t c_stride);
+  Tile tile;
+};
+
+constexpr int few_rows_limit = 8;
+constexpr int64_t max_block = 4096;  // numbers; kernels keep a block on the stack
+// A tile of the right operand in a product of many rows: 256 KiB of floats, half of a 512 KiB second-level cache.
+constexpr int64_t max_depth = 256, max_columns = 256;
+
+const Kernels& kernels();  // of chosen_isa()
+const Kernels& kernels_of(Isa isa);
+
+// Operations. All pointers are to contiguous memory. `threads` is a maximum.
+
+// Returns the first block with NaN or Inf (codes and absmax are then incomplete), or -1.
+int64_t quantize_4bit(Reals x, int64_t numel, int64_t block, const float* codebook, uint8_t* codes, float* absmax,
+                      int threads);
+void dequantize_4bit(const Blocks4& w, Reals out, int threads);
+// y [rows, n] = x [rows, k] W^T + bias, W [n, k]; bias may be null.
+void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias, float* y,
+                 int threads);
+// gx [rows, k] = gy [rows, n] W.
+void linear_4bit_backward(const Blocks4& w, const float* gy, int64_t rows, int64_t k, int64_t n, float* gx,
+                          int threads);
+
+}  // namespace lilliput

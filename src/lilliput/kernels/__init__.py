@@ -1,0 +1,8 @@
+"""One operation a file: schema, reference, fake, backward, the compiled core's answer. All in namespace `lilliput`."""
+
+from lilliput.kernels.blockwise import dequantize, quantize
+from lilliput.kernels.dispatch import use
+from lilliput.kernels.linear_4bit import linear_4bit
+from lilliput.kernels.linear_loss import linear_loss
+
+__all__ = ["dequantize", "linear_4bit", "linear_loss", "quantize", "use"]

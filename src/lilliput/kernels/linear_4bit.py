@@ -1,0 +1,210 @@
+"""y = x dequantize(W)^T + bias with W in 4 bits, and the gradient to x (and bias); W is frozen.
+
+Source: QLoRA, arXiv 2305.14314, equation 5. Kernel: csrc/ops/linear_4bit.cpp. Not here: the low-rank update beside it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilliput.errors import FormatError
+from lilliput.formats import QuantizedTensor
+from lilliput.formats import blockwise as formats
+from lilliput.formats.format import get_format
+from lilliput.kernels import dispatch
+from lilliput.kernels.blockwise import core_arguments
+
+
+def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times a 4-bit matrix, plus bias: float [..., out] of x's dtype.
+
+    Computed in float32 (float64 for a float64 x, by the reference) and rounded once to x's dtype, under autocast too.
+    Differentiable in x and bias; backward keeps the packed tensors, neither x nor a dequantized W.
+
+    Args:
+        x: [..., in]; float32, bfloat16, float16 or float64.
+        q: of shape (out, in), with or without double quantization.
+        bias: [out], or None.
+
+    Raises:
+        FormatError: q is not a matrix, or x or bias do not fit it.
+    """
+    if len(q.shape) != 2 or x.shape[-1:] != q.shape[1:]:
+        raise FormatError(
+            f"x is {list(x.shape)}, the quantized matrix {list(q.shape)}; x's last size must be its second"
+        )
+    if bias is not None and bias.shape != q.shape[:1]:
+        raise FormatError(f"bias is {list(bias.shape)}, the quantized matrix {list(q.shape)} needs [{q.shape[0]}]")
+    return torch.ops.lilliput.linear_4bit(
+        x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, q.format.name, q.shape[0]
+    )
+
+
+# ---- the reference: three lines ----
+
+
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    out_features: int,
+) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        weight = _dense(codes, absmax, absmax_scale, absmax_offset, format, (out_features, x.shape[-1]), _compute(x))
+        added = None if bias is None else bias.to(weight.dtype)
+        return torch.nn.functional.linear(x.to(weight.dtype), weight, added).to(x.dtype)
+
+
+def _linear_backward(
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    format: str,
+    in_features: int,
+) -> Tensor:
+    with torch.autocast(grad.device.type, enabled=False):
+        shape = (grad.shape[-1], in_features)
+        weight = _dense(codes, absmax, absmax_scale, absmax_offset, format, shape, _compute(grad))
+        return (grad.to(weight.dtype) @ weight).to(grad.dtype)
+
+
+def _dense(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    format: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    constants = formats.block_absmax(absmax, absmax_scale, absmax_offset)
+    return formats.dequantize_blocks(codes, constants, get_format(format), shape, dtype)
+
+
+def _compute(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ---- fakes ----
+
+
+def _linear_fake(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear_backward_fake(
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    format: str,
+    in_features: int,
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+# ---- the compiled core ----
+
+
+def _linear_core(
+    core: ModuleType,
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    out_features: int,
+) -> Tensor:
+    rows = _rows(x)
+    y = rows.new_empty((rows.shape[0], out_features))
+    added = None if bias is None else bias.detach().float().contiguous()
+    packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
+    core.linear_4bit(rows, *packed, added, y, torch.get_num_threads())
+    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def _linear_backward_core(
+    core: ModuleType,
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    format: str,
+    in_features: int,
+) -> Tensor:
+    rows = _rows(grad)
+    gx = rows.new_empty((rows.shape[0], in_features))
+    packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
+    core.linear_4bit_backward(rows, *packed, gx, torch.get_num_threads())
+    return gx.to(grad.dtype).view(*grad.shape[:-1], in_features)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """float32 [rows, columns], contiguous, without a gradient."""
+    return _matrix(x.detach()).float().contiguous()
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """[..., columns] as [rows, columns]; -1 would not do for an empty x."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _core_knows(x: Tensor, *others: Any) -> bool:
+    return x.dtype in formats.FLOATS
+
+
+# ---- registration ----
+
+_PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset"
+LINEAR = dispatch.define(
+    f"linear_4bit(Tensor x, {_PACKED}, Tensor? bias, str format, SymInt out_features) -> Tensor", _linear, _linear_fake
+)
+BACKWARD = dispatch.define(
+    f"linear_4bit_backward(Tensor grad, {_PACKED}, str format, SymInt in_features) -> Tensor",
+    _linear_backward,
+    _linear_backward_fake,
+)
+dispatch.register_core(LINEAR, _linear, _linear_core, _core_knows)
+dispatch.register_core(BACKWARD, _linear_backward, _linear_backward_core, _core_knows)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, absmax, absmax_scale, absmax_offset, bias, format, _ = inputs
+    ctx.save_for_backward(codes, absmax, absmax_scale, absmax_offset)
+    ctx.format, ctx.in_features = format, x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_x = torch.ops.lilliput.linear_4bit_backward(grad, *ctx.saved_tensors, ctx.format, ctx.in_features)
+    if ctx.needs_input_grad[5]:
+        to_bias = _matrix(grad).sum(dim=0, dtype=_compute(grad)).to(ctx.bias_dtype)
+    return to_x, None, None, None, None, to_bias, None, None
+
+
+torch.library.register_autograd(LINEAR, _gradients, setup_context=_keep, lib=dispatch.LIBRARY)
