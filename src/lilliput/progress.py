@@ -24,12 +24,12 @@ class Advance(Protocol):
 
 def say(text: str) -> None:
     """One line for people."""
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """One warning for people."""
-    console.print(f"warning: {text}", style="yellow", markup=False)
+    console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
 @contextmanager

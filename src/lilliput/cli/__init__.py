@@ -1,0 +1,1 @@
+"""The command line: the last room, thin; one file a command, what they share in door.py."""

@@ -1,0 +1,72 @@
+"""What several commands begin and end with: a base with perhaps an adapter on it, and a table of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from lilliput.errors import WrongBaseError
+from lilliput.progress import warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model ready to answer, its tokenizer, its base's number format, and the base's bytes without the adapter."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    format: str
+    footprint_bytes: int
+
+
+def open_base(name: str, *, number_format: str | None, adapter: str | None, allow_other_base: bool) -> Base:
+    """Load MODEL and put the adapter on it.
+
+    Without `number_format` an adapter's base is loaded in the format that the adapter was trained over, as its passport
+    says; a base alone is loaded as its checkpoint is ("none").
+    """
+    from lilliput.lora import load_adapter, read_passport, tokenizer_notes
+    from lilliput.models import load_model, load_tokenizer
+
+    passport = read_passport(adapter) if adapter else None  # before the model: a wrong path is told at once
+    if number_format is None:
+        number_format = passport.format if passport else "none"
+    model = load_model(name, format=number_format)
+    footprint = model.get_memory_footprint()
+    tokenizer = load_tokenizer(name)
+    if adapter:
+        try:
+            load_adapter(model, adapter, allow_other_base=allow_other_base)
+        except WrongBaseError as error:
+            todo = "Load it over its own base, or add --allow-other-base if you are sure."
+            raise WrongBaseError(error.what, where=error.where, todo=todo) from error
+    for note in tokenizer_notes(passport, tokenizer) if passport else ():
+        warn(note)
+    model.eval()
+    return Base(model, tokenizer, number_format, footprint)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in the units of disks: 98.3 MB."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def facts(title: str, rows: Mapping[str, str]) -> Table:
+    """A table of names and what is to be said about them, as plain text: a path may hold brackets."""
+    table = Table(title=Text(title), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, said in rows.items():
+        table.add_row(name, Text(said))
+    return table
