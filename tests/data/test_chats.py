@@ -112,3 +112,9 @@ def test_a_chat_without_turns() -> None:
 
     with pytest.raises(DataError, match="has no turns"):
         check_chat(Chat(()), answered=True)
+
+
+def test_a_suggestion_stands_only_behind_the_misspelt_key() -> None:
+    with pytest.raises(DataError) as caught:
+        to_chat(Record({"prompt": "Hi", "completon": "Hello"}, "rows.jsonl:3"))
+    assert "its keys are 'prompt', 'completon' (did you mean 'completion'?);" in str(caught.value)

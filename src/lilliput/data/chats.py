@@ -171,12 +171,13 @@ def _unknown_form(record: Record) -> DataError:
     """Name the keys seen, the forms understood, and what is missing from the form that comes nearest."""
     closest = max(FORMS, key=lambda form: sum(key in record.fields for key in form.keys) / len(form.keys))
     missing = [key for key in closest.keys if key not in record.fields]
-    if len(missing) < len(closest.keys):
+    right = closest.keys if len(missing) < len(closest.keys) else ()  # keys that need no suggestion
+    if right:
         what = f"has no '{missing[0]}', which a row of the form {closest.name} needs"
     else:
         what = "is of no known form"
         missing = [key for form in FORMS for key in form.keys]
-    seen = ", ".join(f"'{key}'{_meant(key, missing)}" for key in record.fields) or "none"
+    seen = ", ".join(f"'{key}'" + ("" if key in right else _meant(key, missing)) for key in record.fields) or "none"
     forms = "; ".join(f"{form.name} ({', '.join(form.keys)})" for form in FORMS)
     return DataError(f"{what}; its keys are {seen}; forms understood: {forms}", where=record.origin)
 
