@@ -1,4 +1,4 @@
-"""Draws the house from the code: the tree in the README (a line a file, from its docstring) and the arrows in docs/rooms.md.
+"""Draws the house from the code: the README's tree (a line a file, from its docstring) and the arrows in docs/rooms.md.
 
 `python docs/house.py` rewrites both; `tests/test_readme.py` fails when they no longer match the code.
 """
@@ -41,7 +41,7 @@ def tree() -> str:
         lines += room_lines(SOURCE / room)
     lines.append("csrc/")
     native = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h"})
-    lines += [f"├─ {str(path.relative_to(ROOT / 'csrc')):<28} {first_sentence(path)}" for path in native]
+    lines += [f"├─ {path.relative_to(ROOT / 'csrc').as_posix():<28} {first_sentence(path)}" for path in native]
     return "```\n" + "\n".join(line.rstrip() for line in lines) + "\n```"
 
 

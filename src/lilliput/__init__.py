@@ -1,7 +1,7 @@
 """Lilliput fine-tunes, shrinks and runs large language models on the computer you already own.
 
-`import lilliput` makes our number formats known to transformers (registration.py) and does nothing else: each name below
-is imported from its room when it is first used, so that `lilliput --help` need not wait for torch.
+`import lilliput` makes our number formats known to transformers (registration.py) and does nothing else: each name
+below is imported from its room when it is first used, so that `lilliput --help` need not wait for torch.
 """
 
 from __future__ import annotations

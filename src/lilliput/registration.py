@@ -1,8 +1,8 @@
 """Our quantizers become known to transformers as soon as it can load a model, and not a second earlier.
 
-Registering needs transformers' loader, which takes seconds to import; a program that only wants `lilliput --help` should not
-wait for it. So: if the loader is imported already, register now; else when it is. That moment is found by Python's own import
-protocol (PEP 451: a finder that wraps the loader of one module), nothing of transformers is changed.
+Registering needs transformers' loader, which takes seconds to import; a program that wants `lilliput --help` should
+not wait for it. So: if the loader is imported already, register now; else when it is. That moment is found by Python's
+own import protocol (PEP 451: a finder that wraps the loader of one module); nothing of transformers is changed.
 Not here: the quantizers themselves (models/hf.py).
 """
 
@@ -21,7 +21,7 @@ _QUANTIZERS = "lilliput.models.hf"
 
 
 def register_when_needed() -> None:
-    """Register our quantizers with transformers, now or when its loader is imported; calling it again changes nothing."""
+    """Register our quantizers with transformers, now or when its loader is imported; once, however often called."""
     if _AWAITED in sys.modules:
         import_module(_QUANTIZERS)
     elif not any(isinstance(finder, _Awaiting) for finder in sys.meta_path):
