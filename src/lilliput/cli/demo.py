@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lilliput.training import RunResult
 
 MODEL, FORMAT = "smollm2-135m-instruct", "nf4"  # the format of recipes/demo.yaml
-TRAIN_ROWS = 600
+TRAIN_ROWS = 540
 LONGEST_ANSWER = 48  # tokens; no right answer has more than 33, and base and tuned model get the same
 BATCH = 50  # held-out rows answered at once
 ANSWERS, REPORT = "heldout.jsonl", "report.json"  # what the demo adds to the run's folder

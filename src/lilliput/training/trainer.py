@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -28,11 +29,13 @@ from lilliput.errors import LilliputError
 from lilliput.files import write_safetensors
 from lilliput.kernels.linear_loss import linear_loss
 from lilliput.progress import warn
+from lilliput.training.attention import block_by_block, blocks_of, longest_block, works_in_blocks
 from lilliput.training.recipe import TrainSection
 
 Batch: TypeAlias = dict[str, Tensor]
 Collate: TypeAlias = Callable[[Sequence[Pack], int], Batch]
 
+_SAMPLE = Pack([0] * 7, [False] * 7, [0, 1, 2, 0, 1, 2, 3], [0, 0, 0, 1, 1, 1, 1])  # two sequences in a row
 _POOL = 64  # steps whose rows are sorted by length together: little padding, and still a new mixture each epoch
 
 
@@ -52,6 +55,8 @@ class LabelLoss(nn.Module):
         super().__init__()
         self.model = model
         self.direct = head_is_plain(model) if direct is None else direct
+        sample = collate([_SAMPLE], 0)
+        self.in_blocks = works_in_blocks(model, additive(sample["attention_mask"], model.dtype), sample["position_ids"])
 
     def forward(
         self,
@@ -74,16 +79,29 @@ class LabelLoss(nn.Module):
 
         Returns: {"loss": scalar}.
         """
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": None if attention_mask is None else additive(attention_mask, self.model.dtype),
             "position_ids": position_ids,
             "use_cache": False,
         }
         wanted = labels[:, 1:]  # the token at t is predicted from t - 1
-        total = self._direct(inputs, wanted) if self.direct else self._own_logits(inputs, wanted)
+        blocks = self._blocks(position_ids)
+        with block_by_block(self.model) if blocks else nullcontext():
+            inputs |= {"blocks": blocks} if blocks else {}
+            total = self._direct(inputs, wanted) if self.direct else self._own_logits(inputs, wanted)
         count = wanted.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
+
+    def _blocks(self, position_ids: Tensor | None) -> list[list[int]] | None:
+        """The sequences of a packed batch, where attention can take them one by one."""
+        recomputed = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        if (
+            position_ids is None or not self.in_blocks or recomputed
+        ):  # recomputing, backward would see another attention
+            return None
+        blocks, limit = blocks_of(position_ids), longest_block(self.model)
+        return None if limit and max(map(max, blocks)) > limit else blocks
 
     def _direct(self, inputs: dict[str, Any], wanted: Tensor) -> Tensor:
         hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1]
