@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from lilliput.cli.main import app
 from lilliput.kernels import core
+from tests.conftest import make_tiny_llama
 
 PROGRAM = [sys.executable, "-m", "lilliput.cli"]
 TUNE = ["--set", "train.batch_size=2", "--set", "data.max_length=64", "--set", "train.save_every=1000", "--no-check"]
-from tests.conftest import make_tiny_llama
 
 
 def start(*words: object, **environment: str) -> subprocess.Popen[str]:
