@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from lilliput.kernels.linear_loss import linear_loss
 from lilliput.progress import warn
 from lilliput.training.recipe import TrainSection
 
+if TYPE_CHECKING:
+    from lilliput.training.prefix import Prefix
+
 Batch: TypeAlias = dict[str, Tensor]
 Collate: TypeAlias = Callable[[Sequence[Pack], int], Batch]
 
@@ -43,6 +47,9 @@ class LabelLoss(nn.Module):
         model: the language model, adapters attached.
         direct: whether head(hidden) are its logits, as `head_is_plain` finds out; else the model's own logits are
             taken, at the positions that are labelled in any row of the batch.
+
+    Attributes:
+        prefix: set while the frozen lower layers are reused (prefix.py).
     """
 
     accepts_loss_kwargs = True  # asks the Trainer to count the labels of the whole accumulated batch
@@ -52,6 +59,7 @@ class LabelLoss(nn.Module):
         super().__init__()
         self.model = model
         self.direct = head_is_plain(model) if direct is None else direct
+        self.prefix: Prefix | None = None
 
     def forward(
         self,
@@ -61,6 +69,7 @@ class LabelLoss(nn.Module):
         position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         tokens: Tensor | None = None,
+        packs: Sequence[Pack] | None = None,
     ) -> dict[str, Tensor]:
         """The loss of one batch.
 
@@ -71,17 +80,14 @@ class LabelLoss(nn.Module):
             position_ids: int64 [rows, tokens]; None: counted from 0 in each row.
             num_items_in_batch: what the sum of cross entropies is divided by; None: the labels of this batch.
             tokens: how many tokens are no padding; not needed here.
+            packs: the rows themselves, by which the frozen prefix knows them; None: all layers run.
 
         Returns: {"loss": scalar}.
         """
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": None if attention_mask is None else additive(attention_mask, self.model.dtype),
-            "position_ids": position_ids,
-            "use_cache": False,
-        }
+        inputs = model_inputs(self.model, input_ids, attention_mask, position_ids)
         wanted = labels[:, 1:]  # the token at t is predicted from t - 1
-        total = self._direct(inputs, wanted) if self.direct else self._own_logits(inputs, wanted)
+        with self.prefix.reused(inputs, packs) if self.prefix and packs else nullcontext(inputs) as inputs:
+            total = self._direct(inputs, wanted) if self.direct else self._own_logits(inputs, wanted)
         count = wanted.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
 
@@ -100,6 +106,18 @@ class LabelLoss(nn.Module):
         return functional.cross_entropy(
             logits.flatten(0, 1).float(), picked.flatten(), ignore_index=NO_LABEL, reduction="sum"
         )
+
+
+def model_inputs(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> dict[str, Any]:
+    """What a model is called with for a batch; the arguments are those of `LabelLoss.forward`."""
+    return {
+        "input_ids": input_ids,
+        "attention_mask": None if attention_mask is None else additive(attention_mask, model.dtype),
+        "position_ids": position_ids,
+        "use_cache": False,
+    }
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -187,7 +205,12 @@ class LabelTrainer(Trainer):
     """The Trainer of a run. `model` is a LabelLoss; datasets hold Packs."""
 
     def __init__(self, model: LabelLoss, args: TrainingArguments, *, pad_token_id: int, **kwargs: Any) -> None:
-        super().__init__(model=model, args=args, data_collator=lambda packs: batch_of(packs, pad_token_id), **kwargs)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda packs: {**batch_of(packs, pad_token_id), "packs": packs},
+            **kwargs,
+        )
         self.remove_callback(PrinterCallback)
         self.loss = model
         self.step_tokens = 0  # since the journal took them last
