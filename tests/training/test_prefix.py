@@ -268,8 +268,9 @@ def test_a_folder_that_cannot_be_written_is_no_end(tmp_path: Path, capsys: pytes
 def test_rows_are_told_apart_by_tokens_and_boundaries() -> None:
     one, two = examples((6, 6))
     rows = [Pack.of([one]), Pack.of([two]), Pack.of([one, two]), Pack.of([two, one])]
-    whole = Pack(rows[2].input_ids, rows[2].label_mask, list(range(12)), [0] * 12)
-    assert len({row_key(row) for row in [*rows, whole]}) == 5
+    ids, labels, positions = rows[2].input_ids, rows[2].label_mask, rows[2].position_ids
+    others = [Pack(ids, labels, list(range(12)), rows[2].sequence_ids), Pack(ids, labels, positions, [0] * 12)]
+    assert len({row_key(row) for row in [*rows, *others]}) == 6
     assert row_key(Pack.of([one])) == row_key(rows[0])
 
 
@@ -307,7 +308,7 @@ def test_dropout_in_the_prefix_refuses(make: Callable[[], PreTrainedModel], tmp_
     refused = planned(model, packs, tmp_path)
     assert refused.prefix is None
     assert refused.said is not None
-    assert "2 of 4 layers below the adapter are frozen, not reused" in refused.said
+    assert "the lowest 2 of 4 layers are frozen, not reused" in refused.said
     assert "random numbers" in refused.said
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(UsageError, match=r"reuse_prefix=on: it draws random numbers.*reuse_prefix=auto"):
@@ -374,7 +375,7 @@ def test_auto_is_on_when_it_pays_and_says_why_not(tmp_path: Path) -> None:
     model, packs = adapted(llama()), unpacked()
     used = planned(model, packs, tmp_path)
     assert used.prefix is not None
-    assert used.said == "2 of 4 layers below the adapter are frozen and run once a row"
+    assert used.said == "the lowest 2 of 4 layers are frozen and run once a row"
     assert planned(model, packs, tmp_path, again=False) == Plan(None, None)
     assert planned(model, packs, tmp_path, "train.reuse_prefix=off") == Plan(None, None)
     assert planned(adapted(llama(), layers_to_transform=None), packs, tmp_path) == Plan(None, None)
@@ -442,7 +443,7 @@ def test_a_run_comes_to_the_same(settings: tuple[str, ...], model_dir: Path, row
         for reuse in ("off", "auto")
     ]
     assert results[0].prefix is None
-    assert "2 of 4 layers below the adapter" in results[1].prefix
+    assert "the lowest 2 of 4 layers" in results[1].prefix
     for key in ("loss", "eval_loss"):
         torch.testing.assert_close(
             losses_of(tmp_path / "auto", key), losses_of(tmp_path / "off", key), rtol=1e-4, atol=0
@@ -475,9 +476,9 @@ def test_it_is_said_once_and_stands_in_the_report(
     model_dir: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = trained(model_dir, rows, tmp_path / "run", progress=True)
-    assert capsys.readouterr().err.count("2 of 4 layers below the adapter are frozen and run once a row") == 1
+    assert capsys.readouterr().err.count("the lowest 2 of 4 layers are frozen and run once a row") == 1
     assert result.prefix == result.to_json()["prefix"]
-    assert result.prefix.startswith("2 of 4 layers below the adapter run 30 times, 30 rows kept: ")
+    assert result.prefix.startswith("the lowest 2 of 4 layers ran for 30 rows, 30 rows kept: ")
     assert f"| frozen prefix | {result.prefix} |" in (tmp_path / "run" / "report.md").read_text()
 
 

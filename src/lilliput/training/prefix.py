@@ -238,7 +238,7 @@ class Prefix:
     def __str__(self) -> str:
         kept = f"{len(self.cache):,} rows kept: {self.cache.memory_used / 1e6:,.1f} MB in memory"
         filed = f", {self.cache.file_used / 1e6:,.1f} MB in a file" if self.cache.file_used else ""
-        return f"{_named(self.depth, len(self.layers))} run {self.runs:,} times, {kept}{filed}"
+        return f"{_named(self.depth, len(self.layers))} ran for {self.runs:,} rows, {kept}{filed}"
 
     def close(self) -> None:
         """Let the states go and remove the file."""
@@ -461,4 +461,4 @@ def _alone(ids: list[int]) -> Pack:
 
 
 def _named(depth: int, layers: int) -> str:
-    return f"{depth:,} of {layers:,} layers below the adapter"
+    return f"the lowest {depth:,} of {layers:,} layers"
