@@ -4,5 +4,6 @@ from lilliput.kernels.blockwise import dequantize, quantize
 from lilliput.kernels.dispatch import use
 from lilliput.kernels.linear_4bit import linear_4bit
 from lilliput.kernels.linear_loss import linear_loss
+from lilliput.kernels.lora_linear_4bit import lora_linear_4bit
 
-__all__ = ["dequantize", "linear_4bit", "linear_loss", "quantize", "use"]
+__all__ = ["dequantize", "linear_4bit", "linear_loss", "lora_linear_4bit", "quantize", "use"]

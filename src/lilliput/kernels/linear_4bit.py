@@ -1,6 +1,7 @@
 """y = x dequantize(W)^T + bias with W in 4 bits, and the gradient to x (and bias); W is frozen.
 
-Source: QLoRA, arXiv 2305.14314, equation 5. Kernel: csrc/ops/linear_4bit.cpp. Not here: the low-rank update beside it.
+Source: QLoRA, arXiv 2305.14314, equation 5. Kernel: csrc/ops/linear_4bit.cpp. Not here: the low-rank update beside it
+(lora_linear_4bit.py).
 """
 
 from __future__ import annotations
@@ -33,21 +34,26 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     Raises:
         FormatError: q is not a matrix, or x or bias do not fit it.
     """
+    check(x, q, bias)
+    return torch.ops.lilliput.linear_4bit(
+        x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, q.format.name, q.shape[0]
+    )
+
+
+def check(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> None:
+    """Raise FormatError when x [..., in] and bias [out] do not fit a quantized matrix."""
     if len(q.shape) != 2 or x.shape[-1:] != q.shape[1:]:
         raise FormatError(
             f"x is {list(x.shape)}, the quantized matrix {list(q.shape)}; x's last size must be its second"
         )
     if bias is not None and bias.shape != q.shape[:1]:
         raise FormatError(f"bias is {list(bias.shape)}, the quantized matrix {list(q.shape)} needs [{q.shape[0]}]")
-    return torch.ops.lilliput.linear_4bit(
-        x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, q.format.name, q.shape[0]
-    )
 
 
 # ---- the reference: three lines ----
 
 
-def _linear(
+def reference(
     x: Tensor,
     codes: Tensor,
     absmax: Tensor,
@@ -58,7 +64,9 @@ def _linear(
     out_features: int,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        weight = _dense(codes, absmax, absmax_scale, absmax_offset, format, (out_features, x.shape[-1]), _compute(x))
+        weight = _dense(
+            codes, absmax, absmax_scale, absmax_offset, format, (out_features, x.shape[-1]), compute_type(x)
+        )
         added = None if bias is None else bias.to(weight.dtype)
         return torch.nn.functional.linear(x.to(weight.dtype), weight, added).to(x.dtype)
 
@@ -74,7 +82,7 @@ def _linear_backward(
 ) -> Tensor:
     with torch.autocast(grad.device.type, enabled=False):
         shape = (grad.shape[-1], in_features)
-        weight = _dense(codes, absmax, absmax_scale, absmax_offset, format, shape, _compute(grad))
+        weight = _dense(codes, absmax, absmax_scale, absmax_offset, format, shape, compute_type(grad))
         return (grad.to(weight.dtype) @ weight).to(grad.dtype)
 
 
@@ -91,7 +99,8 @@ def _dense(
     return formats.dequantize_blocks(codes, constants, get_format(format), shape, dtype)
 
 
-def _compute(x: Tensor) -> torch.dtype:
+def compute_type(x: Tensor) -> torch.dtype:
+    """What a product with x is computed in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -126,7 +135,7 @@ def _linear_backward_fake(
 # ---- the compiled core ----
 
 
-def _linear_core(
+def by_core(
     core: ModuleType,
     x: Tensor,
     codes: Tensor,
@@ -137,7 +146,7 @@ def _linear_core(
     format: str,
     out_features: int,
 ) -> Tensor:
-    rows = _rows(x)
+    rows = float_rows(x)
     y = rows.new_empty((rows.shape[0], out_features))
     added = None if bias is None else bias.detach().float().contiguous()
     packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
@@ -155,40 +164,40 @@ def _linear_backward_core(
     format: str,
     in_features: int,
 ) -> Tensor:
-    rows = _rows(grad)
+    rows = float_rows(grad)
     gx = rows.new_empty((rows.shape[0], in_features))
     packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
     core.linear_4bit_backward(rows, *packed, gx, torch.get_num_threads())
     return gx.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 
-def _rows(x: Tensor) -> Tensor:
+def float_rows(x: Tensor) -> Tensor:
     """float32 [rows, columns], contiguous, without a gradient."""
-    return _matrix(x.detach()).float().contiguous()
+    return matrix(x.detach()).float().contiguous()
 
 
-def _matrix(x: Tensor) -> Tensor:
+def matrix(x: Tensor) -> Tensor:
     """[..., columns] as [rows, columns]; -1 would not do for an empty x."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _core_knows(x: Tensor, *others: Any) -> bool:
+def core_knows(x: Tensor, *others: Any) -> bool:
     return x.dtype in formats.FLOATS
 
 
 # ---- registration ----
 
-_PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset"
+PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset"
 LINEAR = dispatch.define(
-    f"linear_4bit(Tensor x, {_PACKED}, Tensor? bias, str format, SymInt out_features) -> Tensor", _linear, _linear_fake
+    f"linear_4bit(Tensor x, {PACKED}, Tensor? bias, str format, SymInt out_features) -> Tensor", reference, _linear_fake
 )
 BACKWARD = dispatch.define(
-    f"linear_4bit_backward(Tensor grad, {_PACKED}, str format, SymInt in_features) -> Tensor",
+    f"linear_4bit_backward(Tensor grad, {PACKED}, str format, SymInt in_features) -> Tensor",
     _linear_backward,
     _linear_backward_fake,
 )
-dispatch.register_core(LINEAR, _linear, _linear_core, _core_knows)
-dispatch.register_core(BACKWARD, _linear_backward, _linear_backward_core, _core_knows)
+dispatch.register_core(LINEAR, reference, by_core, core_knows)
+dispatch.register_core(BACKWARD, _linear_backward, _linear_backward_core, core_knows)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -203,7 +212,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         to_x = torch.ops.lilliput.linear_4bit_backward(grad, *ctx.saved_tensors, ctx.format, ctx.in_features)
     if ctx.needs_input_grad[5]:
-        to_bias = _matrix(grad).sum(dim=0, dtype=_compute(grad)).to(ctx.bias_dtype)
+        to_bias = matrix(grad).sum(dim=0, dtype=compute_type(grad)).to(ctx.bias_dtype)
     return to_x, None, None, None, None, to_bias, None, None
 
 
