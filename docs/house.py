@@ -22,7 +22,7 @@ def first_sentence(file: Path) -> str:
         said = ast.get_docstring(ast.parse(text)) or ""
     else:
         said = " ".join(re.findall(r"^// ?(.*)", text.split("\n\n")[0], flags=re.MULTILINE))
-    sentence = re.split(r"(?<=[.:;])\s", " ".join(said.split("\n\n")[0].split()))[0].rstrip(".:;")
+    sentence = re.split(r"(?<=[.;])\s", " ".join(said.split("\n\n")[0].split()))[0].rstrip(".:;")
     return sentence if len(sentence) <= WIDTH else sentence[: WIDTH - 1].rsplit(" ", 1)[0] + " …"
 
 
@@ -41,7 +41,8 @@ def tree() -> str:
         lines += room_lines(SOURCE / room)
     lines.append("csrc/")
     native = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h"})
-    lines += [f"├─ {path.relative_to(ROOT / 'csrc').as_posix():<28} {first_sentence(path)}" for path in native]
+    said = {path: first_sentence(path) for path in native}  # a .cpp beside its header says nothing of its own
+    lines += [f"├─ {path.relative_to(ROOT / 'csrc').as_posix():<28} {said[path]}" for path in native if said[path]]
     return "```\n" + "\n".join(line.rstrip() for line in lines) + "\n```"
 
 
@@ -50,7 +51,9 @@ def imports(room: str) -> list[str]:
     found: set[str] = set()
     for file in (SOURCE / room).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("lilliput."):
+            if isinstance(node, ast.ImportFrom) and node.module == "lilliput":
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lilliput."):
                 found.add(str(node.module).split(".")[1])
     return [other for other in ROOMS if other in found and other != room]
 

@@ -358,3 +358,42 @@ def test_a_prompt_longer_than_the_context_is_told(tiny_model_dir) -> None:
 def test_an_unknown_model_name_gets_the_nearest() -> None:
     assert "smollm2-135m-instruct" in refusal("pull", "smollm2-135m-instrukt", status=2)
     assert "smollm2-135m-instruct" in refusal("chat", "smollm2-135m-instrukt", "--prompt", "Hi")
+
+
+def test_an_adapter_over_constants_that_were_quantized_once_gets_them_again(tiny_model_dir, rows, tmp_path) -> None:
+    out = tmp_path / "run"
+    tuned = answer("tune", tiny_model_dir, "--data", rows, "-o", out, *QUICK, "--set", "model.double_quant=false")
+    text = tmp_path / "book.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    words = ("eval", "perplexity", tiny_model_dir, "--adapter", out, "--text", text, "--context", 64, "--json")
+    done = run(*words)
+    assert "trained over" not in done.stderr  # no other numbers than those of the training
+    assert json.loads(done.stdout.splitlines()[-1])["footprint_bytes"] == tuned["footprint_bytes"]
+
+
+@pytest.mark.parametrize("words", [["chat", "--prompt", "Hi"], ["quantize", "-o", "out"]], ids=lambda words: words[0])
+def test_a_missing_tokenizer_is_told_before_the_model_is_loaded(words, tiny_llama, tmp_path, monkeypatch) -> None:
+    from lilliput import models
+
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("the model was loaded first"))
+    monkeypatch.chdir(tmp_path)
+    assert "no tokenizer" in refusal(words[0], "bare", *words[1:])
+
+
+def test_half_a_character_in_a_prompt_is_told(tiny_model_dir) -> None:
+    """What a shell passes on when its text is not UTF-8."""
+    assert "half a character" in refusal("chat", tiny_model_dir, "--prompt", "caf\udce9")
+
+
+def test_ctrl_c_before_anything_was_trained_says_that_the_same_command_begins_again(
+    tiny_model_dir, rows, tmp_path, monkeypatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("tune", tiny_model_dir, "--data", rows, "-o", tmp_path / "run", *QUICK)
+    with monkeypatch.context() as patched:
+        patched.setattr("lilliput.training.run.load_base", stop)
+        assert "Nothing was trained yet: run the same command again" in refusal(*words)
+    assert answer(*words)["steps"] == 2

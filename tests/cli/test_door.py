@@ -170,6 +170,10 @@ def test_choose_suggests_the_nearest() -> None:
         choose("nf-4", ("nf4", "fp4"), "--format")
 
 
+def test_a_file_that_cannot_be_opened_is_named() -> None:
+    assert one_line(PermissionError(13, "Permission denied", "a/my.jsonl")) == "a/my.jsonl: Permission denied"
+
+
 def test_one_line_has_no_line_breaks() -> None:
     assert "\n" not in one_line(ValueError("a\nb\r\nc"))
 

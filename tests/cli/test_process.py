@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from lilliput.cli.main import app
 from lilliput.kernels import core
+from tests.conftest import make_tiny_llama
 
 PROGRAM = [sys.executable, "-m", "lilliput.cli"]
 TUNE = ["--set", "train.batch_size=2", "--set", "data.max_length=64", "--set", "train.save_every=1000", "--no-check"]
@@ -85,8 +87,14 @@ def test_ctrl_c_in_tune_says_how_to_go_on_and_going_on_works(tiny_model_dir: Pat
     assert json.loads(done.stdout.splitlines()[-1])["steps"] == 150
 
 
-def test_ctrl_c_in_chat_stops_the_answer_and_not_the_program(tiny_model_dir: Path) -> None:
-    process = start("chat", tiny_model_dir, "--max-new-tokens", 480)
+def test_ctrl_c_in_chat_stops_the_answer_and_not_the_program(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    slow = make_tiny_llama(num_hidden_layers=24, max_position_embeddings=4096)  # its answer takes half a minute
+    slow.lm_head.weight.data[slow.config.eos_token_id] = 0  # and does not end by itself
+    slow.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    process = start("chat", tmp_path, "--max-new-tokens", 3000)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write("Hello\n")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lilliput.data import Chat, Record, Turn, to_chat
-from lilliput.data.chats import FORMS
+from lilliput.data.chats import FORMS, check_chat
 from lilliput.errors import DataError
 
 
@@ -118,3 +118,8 @@ def test_a_suggestion_stands_only_behind_the_misspelt_key() -> None:
     with pytest.raises(DataError) as caught:
         to_chat(Record({"prompt": "Hi", "completon": "Hello"}, "rows.jsonl:3"))
     assert "its keys are 'prompt', 'completon' (did you mean 'completion'?);" in str(caught.value)
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(DataError, match=r"x:1: turn 1 \(user\) holds half a character"):
+        check_chat(Chat((Turn("user", "caf\udce9"),), "x:1"), answered=False)

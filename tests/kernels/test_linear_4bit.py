@@ -182,3 +182,10 @@ def test_sizes_that_do_not_fit_are_refused(backend: str) -> None:
         linear_4bit(torch.randn(3, 64), q, torch.zeros(9))
     with pytest.raises(FormatError, match="must be its second"):
         linear_4bit(torch.randn(3, 64), quantize(torch.randn(64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_numbers_that_are_no_reals_are_refused(backend: str, dtype: torch.dtype) -> None:
+    q, _ = make(10, 64)
+    with pytest.raises(FormatError, match=f"x is {dtype}"):
+        linear_4bit(torch.ones(3, 64, dtype=dtype), q)

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lilliput.errors import CheckpointError
@@ -67,6 +68,15 @@ def test_files_at_name_or_path_are_hashed_as_stored(tiny_llama, tmp_path):
     expected = identity_of(model).weights_sha256
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)  # rounded: the files are what counts
     assert identity_of(loaded) == BaseIdentity(str(tmp_path), expected, None, "none")
+
+
+def test_files_of_others_in_the_directory_are_no_part_of_the_model(tiny_llama, tmp_path):
+    model = tiny_llama()
+    expected = identity_of(model).weights_sha256
+    for place, shard in ((tmp_path / "whole", "10GB"), (tmp_path / "shards", "50KB")):
+        model.save_pretrained(place, max_shard_size=shard)
+        save_file({"other": torch.ones(2)}, place / "consolidated.safetensors")
+        assert identity_of(type(model).from_pretrained(place)).weights_sha256 == expected
 
 
 def count() -> str:

@@ -65,7 +65,9 @@ def test_conv1d_is_transposed_on_the_way_in():
     conv = Conv1D(96, 64)  # GPT-2's: weight [in, out]
     nn.init.normal_(conv.bias)
     layer = QuantizedLinear.from_linear(conv, "nf4", False)
-    assert (layer.in_features, layer.out_features) == (64, 96)
+    assert (layer.in_features, layer.out_features, layer.transposed) == (64, 96, True)
+    assert copy.deepcopy(layer).transposed
+    assert not QuantizedLinear.from_linear(nn.Linear(64, 96)).transposed
     x = torch.randn(4, 64)
     expected = formats.dequantize(formats.quantize(conv.weight.detach().t().contiguous(), "nf4", False))
     torch.testing.assert_close(layer(x), x @ expected.T + conv.bias)

@@ -16,6 +16,7 @@ from lilliput.errors import FormatError, UsageError
 from lilliput.layers import QuantizedLinear, replace_linears
 from lilliput.lora import LoraConfig
 from lilliput.lora.adapters import adapter_tensors, base_only
+from lilliput.lora.layer import LoraLinear
 
 MakeLlama = Callable[..., LlamaForCausalLM]
 IDS = torch.tensor([[5, 17, 99, 3, 250, 8]])
@@ -276,6 +277,28 @@ def test_a_broken_adapter_is_not_merged_and_nothing_changes(tiny_llama: MakeLlam
         lora.merge(model, ["broken"])
     assert lora.active_adapters(model) == ("fine",)
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
+def test_a_merge_that_is_stopped_half_way_is_undone(
+    tiny_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    model = tiny_llama()
+    add(model)
+    tuned, update_of, calls = logits(model), LoraLinear.update_of, iter(range(99))
+
+    def stopped(self: LoraLinear, name: str) -> Tensor:
+        if next(calls) == 3:
+            raise stop
+        return update_of(self, name)
+
+    monkeypatch.setattr(LoraLinear, "update_of", stopped)
+    with pytest.raises(stop):
+        lora.merge(model)
+    assert torch.equal(logits(model), tuned)
+    lora.merge(model)
+    lora.unmerge(model)
+    assert torch.equal(logits(model), tuned)
 
 
 def test_a_tied_embedding_warns_and_is_not_merged(tiny_llama: MakeLlama, capsys: pytest.CaptureFixture[str]) -> None:

@@ -283,3 +283,17 @@ def test_nothing_is_attached_when_the_base_is_wrong(tiny_llama: MakeLlama, saved
     with pytest.raises(WrongBaseError):
         lora.load_adapter(model, saved)
     assert lora.adapters(model) == {}
+
+
+def test_nothing_is_attached_when_loading_is_interrupted(
+    tiny_llama: MakeLlama, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = tiny_llama()
+    monkeypatch.setattr("lilliput.lora.peft_files._fill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lora.load_adapter(model, saved)
+    assert lora.adapters(model) == {}
+    assert lora.target_layers(model) == {}

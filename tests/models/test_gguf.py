@@ -207,6 +207,26 @@ def test_an_architecture_without_a_row_is_refused_with_the_known_ones(cache, tmp
         load_model(tmp_path / "x.gguf", progress=False)
 
 
+def test_heads_that_do_not_fit_the_tensors_are_named(cache, tmp_path, tiny_tokenizer):
+    raw = write_gguf(tmp_path / "tiny.gguf", make_model("llama"), tiny_tokenizer).read_bytes()
+    key = b"llama.attention.head_count" + struct.pack("<I", 4)  # a uint32
+    assert raw.count(key + struct.pack("<I", 4)) == 1
+    odd = tmp_path / "odd.gguf"
+    odd.write_bytes(raw.replace(key + struct.pack("<I", 4), key + struct.pack("<I", 258)))
+    with pytest.raises(CheckpointError, match=r"odd\.gguf: .*(heads|configuration)"):
+        load_model(odd, progress=False)
+
+
+def test_a_count_of_parts_that_is_no_number_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
+    writer.add_string("split.count", "three")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="one of three parts"):
+        open_gguf(tmp_path / "x.gguf")
+
+
 def test_scaled_rotary_positions_are_refused_not_dropped(cache, tmp_path, tiny_tokenizer):
     extra = {"llama.rope.scaling.type": "yarn"}
     path = write_gguf(tmp_path / "yarn.gguf", make_model("llama"), tiny_tokenizer, **extra)

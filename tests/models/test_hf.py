@@ -98,6 +98,30 @@ def test_a_quantized_config_round_trips_through_json(tiny_model_dir, tmp_path):
     json.dumps(content)
 
 
+def test_two_pickled_checkpoints_are_two_bases(tmp_path):
+    hashes = []
+    for seed in (0, 1, 0):
+        model = make_model("llama", seed)
+        place = tmp_path / str(len(hashes))
+        model.config.save_pretrained(place)
+        torch.save(model.state_dict(), place / "pytorch_model.bin")
+        loaded = AutoModelForCausalLM.from_pretrained(place, quantization_config=lilliput.NF4Config())
+        hashes.append(identity_of(loaded).weights_sha256)
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_layers_that_are_dense_by_now_are_saved_as_such(tiny_model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=lilliput.NF4Config())
+    config = lilliput.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    lilliput.add_adapter(model, config)
+    lilliput.merge(model)
+    lilliput.detach(model).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert torch.equal(logits(again), logits(model))
+    assert identity_of(again).weights_sha256 == identity_of(model).weights_sha256
+
+
 def test_missing_codes_are_an_error_not_random_numbers(tiny_model_dir, tmp_path):
     from safetensors.torch import load_file, save_file
 

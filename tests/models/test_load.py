@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -320,3 +321,27 @@ def test_gpt2_of_the_old_shape_with_mask_buffers_loads(tmp_path):
     model.save_pretrained(tmp_path)
     edit(tmp_path, lambda t: t.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32)}))
     assert torch.equal(logits(load_model(tmp_path, progress=False)), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("config.json", '{"model_type": "llama", "hidden_size": "abc"}', "no configuration that transformers can use"),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 0}', "no configuration that transformers"),
+        ("config.json", '{"model_type": "llama", "quantization_config": []}', "no configuration that transformers"),
+        (
+            "config.json",
+            '{"model_type": "llama", "quantization_config": {"quant_method": "lilliput", "format": "nf5"}}',
+            "nf5",
+        ),
+        ("generation_config.json", "{", "no generation config"),
+        ("tokenizer_config.json", "[]", "no tokenizer that can be read"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE"}}', "no tokenizer that can be read"),
+    ],
+)
+def test_a_broken_file_of_settings_is_named(name, text, said, tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "broken")
+    (tmp_path / "broken" / name).write_text(text)
+    with pytest.raises(CheckpointError, match=rf"broken.*{said}"):
+        load_model(tmp_path / "broken", progress=False)
+        load_tokenizer(tmp_path / "broken")

@@ -47,6 +47,23 @@ def test_a_hub_id_in_the_local_cache_needs_no_network(hub, tiny_tokenizer):
     assert load_tokenizer("some/model")("The").input_ids == tiny_tokenizer("The").input_ids
 
 
+def test_a_download_that_was_interrupted_between_shards_goes_on(hub, monkeypatch):
+    snapshot = hub_cache(hub, "some/model")
+    make_model("llama").save_pretrained(snapshot, max_shard_size="50KB")
+    last = sorted(snapshot.glob("*.safetensors"))[-1]
+    content = last.read_bytes()
+    last.unlink()
+
+    def download(name: str, local_files_only: bool = False, **_: object) -> str:
+        if not local_files_only:
+            last.write_bytes(content)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate("some/model").path == snapshot
+    assert last.read_bytes() == content
+
+
 def test_a_hub_id_that_is_nowhere_says_what_was_tried(hub):
     with pytest.raises(LilliputError, match=r"no directory 'some/other', and the Hugging Face hub did not give it"):
         locate("some/other")

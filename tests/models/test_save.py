@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lilliput import lora
 from lilliput.errors import DiskError, FormatError, UsageError
 from lilliput.layers import QuantizedLinear, identity_of, replace_linears
 from lilliput.models import load_model, load_tokenizer, save_model
@@ -69,6 +70,30 @@ def test_the_config_says_how_it_was_quantized(tmp_path, tiny_model_dir):
     assert "_name_or_path" not in content
 
 
+@pytest.mark.parametrize("targets", [["attn.c_proj"], ["c_attn"], "all-linear"])  # attn.c_proj is square
+def test_a_merged_gpt2_loads_again_with_its_weights_the_right_way_round(targets, tmp_path):
+    make_model("gpt2").save_pretrained(tmp_path / "original")
+    model = load_model(tmp_path / "original", format="nf4", progress=False)
+    lora.add_adapter(model, lora.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    tuned = logits(model)
+    lora.merge(model)
+    torch.testing.assert_close(logits(model), tuned, rtol=1e-4, atol=1e-4)
+    save_model(lora.detach(model), tmp_path / "saved")
+    assert torch.equal(logits(load_model(tmp_path / "saved", progress=False)), logits(model))
+
+
+def test_a_merged_head_that_was_tied_loads_again_untied(tmp_path):
+    make_model("llama-tied").save_pretrained(tmp_path / "original")
+    model = load_model(tmp_path / "original", format="nf4", progress=False)
+    config = lora.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    lora.add_adapter(model, config)
+    with torch.no_grad():
+        model.lm_head.modules_to_save["default"].weight.add_(1)
+    lora.merge(model)
+    save_model(lora.detach(model), tmp_path / "saved")
+    assert torch.equal(logits(load_model(tmp_path / "saved", progress=False)), logits(model))
+
+
 def test_an_unusual_choice_of_layers_comes_back(tmp_path, tiny_llama):
     model = tiny_llama()
     replaced = replace_linears(model, skip=["down_proj", "model.layers.1.self_attn.q_proj"])
@@ -122,19 +147,22 @@ def test_an_index_of_shards_from_before_goes(tmp_path, tiny_llama):
 FULL = """
 import resource, sys
 from lilliput.errors import DiskError
-from lilliput.models import load_model, save_model
-model = load_model(sys.argv[1], format="nf4", progress=False)
+from lilliput.models import load_model, load_tokenizer, save_model
+model, tokenizer = load_model(sys.argv[1], format="nf4", progress=False), load_tokenizer(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # more than config.json, less than the weights
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 try:
-    save_model(model, sys.argv[2])
+    save_model(model, sys.argv[2], tokenizer)
 except DiskError as error:
     print(error)
 """
 
 
 def test_a_full_disk_leaves_the_model_that_was_there(tmp_path, tiny_model_dir):
-    save_model(load_model(tiny_model_dir, format="fp4", progress=False), tmp_path)
+    old = load_model(tiny_model_dir, format="fp4", progress=False)
+    old.generation_config.max_new_tokens = 7  # each file must differ from what the failing save would write
+    save_model(old, tmp_path, load_tokenizer(tiny_model_dir))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     command = [sys.executable, "-c", FULL, str(tiny_model_dir), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

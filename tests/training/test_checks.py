@@ -83,13 +83,23 @@ def test_nothing_is_changed(
 
 
 def test_tokens_that_see_their_neighbours_are_caught(
-    model: PreTrainedModel, examples: ExampleSet, tiny_tokenizer: PreTrainedTokenizerFast
+    model: PreTrainedModel,
+    examples: ExampleSet,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """By blocks that are too long, and by a mask that is too open."""
+
     def leaky(packs: Sequence[Pack], pad: int) -> dict[str, Tensor]:
         batch = collate(packs, pad)
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"]).tril()  # causal, across examples
         return batch
 
+    with monkeypatch.context() as patched:
+        patched.setattr("lilliput.training.trainer.blocks_of", lambda positions: [[positions.shape[1]]])
+        assert check(model, tiny_tokenizer, examples) == {"packed loss = unpacked loss"}
+    model.set_attn_implementation("eager")
+    assert not check(model, tiny_tokenizer, examples)
     assert check(model, tiny_tokenizer, examples, collate=leaky) == {"packed loss = unpacked loss"}
 
 

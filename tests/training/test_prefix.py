@@ -98,7 +98,7 @@ def adapted(model: PreTrainedModel, **config: Any) -> PreTrainedModel:
 
 
 def planned(model: PreTrainedModel, packs: list[Pack], folder: Path, *settings: str, again: bool = True) -> Plan:
-    return plan(model, packs, load_recipe("qlora", settings).train, again, folder, 0)
+    return plan(LabelLoss(model), packs, load_recipe("qlora", settings).train, again, folder, 0)
 
 
 def prefix_of(model: PreTrainedModel, packs: list[Pack], folder: Path) -> Prefix:

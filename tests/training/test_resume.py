@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerState
 
-from lilliput.errors import CheckpointError, UsageError
+from lilliput.errors import CheckpointError, DiskError, UsageError
 from lilliput.training import Interrupted, tune
 from lilliput.training.recipe import Recipe
 from lilliput.training.report import read_journal
-from lilliput.training.resume import Checkpoints, load_trained, stopped_early
+from lilliput.training.resume import Checkpoints, disk_errors, load_trained, stopped_early
 from lilliput.training.trainer import LabelTrainer
 from tests.training.conftest import quick, write_rows
 
@@ -251,3 +251,60 @@ def test_the_journal_survives_a_line_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_journal(path) == [{"step": 1}]
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_work(
+    tiny_model_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, original, refused = tmp_path / "run", LabelTrainer.training_step, []
+
+    def step(self: LabelTrainer, *arguments: Any, **options: Any) -> torch.Tensor:
+        if not refused:
+            with pytest.raises(UsageError, match="run: another run is at work in this folder") as error:
+                tune(str(tiny_model_dir), rows, out, quick("lora.r=2"), check=False, progress=False)
+            refused.append(error)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(LabelTrainer, "training_step", step)
+    tune(str(tiny_model_dir), rows, out, quick("train.max_steps=2"), check=False, progress=False)
+    assert refused
+    assert read_journal(out / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_a_refused_run_leaves_no_folder(tiny_model_dir: Path, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run to resume"):
+        tune(str(tiny_model_dir), rows, tmp_path / "run", quick(), progress=False, resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "run/metrics.jsonl"), r"run/metrics.jsonl: .*No space left.*--resume"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 203840 vs 203732"), "disk is full"),
+    ],
+)
+def test_a_disk_that_fills_up_under_torch_is_a_disk_error(error: Exception, said: str, tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match=said), disk_errors(tmp_path):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), disk_errors(tmp_path):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_going_on_with_other_versions_is_said(
+    tiny_model_dir: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        press_ctrl_c(patched, {9})
+        tune(str(tiny_model_dir), rows, out, quick(), check=False, progress=False)
+    versions = json.loads((out / "versions.json").read_text())
+    (out / "versions.json").write_text(json.dumps({**versions, "threads": 99}))
+    capsys.readouterr()
+    tune(str(tiny_model_dir), rows, out, quick(), check=False, progress=False, resume=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"not bit for bit: threads 99 then, {torch.get_num_threads()} now" in said

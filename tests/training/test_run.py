@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lilliput.data import Example
 from lilliput.errors import CheckFailed, DataError, DiskError, LilliputError, UsageError
+from lilliput.layers import identity_of
 from lilliput.lora import load_adapter, read_passport
 from lilliput.models import load_model
 from lilliput.training import check_data, load_recipe, tune
@@ -125,6 +126,7 @@ def test_evaluation_rows_of_their_own(tiny_model_dir: Path, rows: Path, tmp_path
         eval_data=other,
     )
     assert (result.examples, result.eval_examples) == (30, 5)
+    assert f"--data {rows} --eval-data {other} --recipe" in (tmp_path / "run" / "report.md").read_text()
     assert result.eval_loss is not None
 
 
@@ -200,6 +202,16 @@ def test_a_recipe_that_does_not_fit(
         tune(str(tiny_model_dir), rows, tmp_path / "run", recipe, check=False, progress=False)
 
 
+def test_rows_longer_than_the_models_positions_are_refused(tiny_model_dir: Path, rows: Path, tmp_path: Path) -> None:
+    with rows.open("a") as file:
+        file.write(json.dumps({"prompt": "word " * 600, "completion": "x"}) + "\n")
+    recipe = quick("train.max_steps=1", "data.max_length=9999")
+    with pytest.raises(UsageError, match=r"rows.jsonl:31: .* tokens, and the model has 512 pos.*data.max_length=512"):
+        tune(str(tiny_model_dir), rows, tmp_path / "run", recipe, check=False, progress=False)
+    with pytest.raises(UsageError, match=r"rows.jsonl:31"):
+        check_data(str(tiny_model_dir), rows, recipe, progress=False)
+
+
 def test_missing_data_leaves_no_folder(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing.jsonl: no such file"):
         tune(str(tiny_model_dir), tmp_path / "nothing.jsonl", tmp_path / "run", quick(), progress=False)
@@ -214,6 +226,21 @@ def test_a_missing_model_is_said(rows: Path, tmp_path: Path) -> None:
 
 def test_checks_alone(tiny_model_dir: Path, rows: Path) -> None:
     assert all(result.passed for result in check_data(str(tiny_model_dir), rows, quick(), progress=False))
+
+
+def test_the_report_runs_as_it_stands(tiny_model_dir: Path, rows: Path, tmp_path: Path) -> None:
+    """Its Python block and its commands, for a folder with a space and block constants that are not the default."""
+    out = tmp_path / "my run"
+    recipe = quick("train.max_steps=1", "model.format=nf4", "model.double_quant=false")
+    tune(str(tiny_model_dir), rows, out, recipe, check=False, progress=False)
+    report = (out / "report.md").read_text()
+    names: dict[str, Any] = {}
+    exec(compile(report.split("```python")[1].split("```")[0], "report.md", "exec"), names)
+    passport = read_passport(out)
+    assert passport is not None
+    assert identity_of(names["model"]).quantized_sha256 == passport.base_quantized_sha256
+    assert f"lilliput chat {tiny_model_dir} --adapter '{out}'" in report
+    assert f"--recipe '{out}/recipe.yaml'" in report
 
 
 def test_split_is_random_seeded_and_keeps_twins_together() -> None:

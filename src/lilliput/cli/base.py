@@ -15,6 +15,8 @@ from lilliput.progress import warn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lilliput.lora import Passport
+
 
 @dataclass(frozen=True)
 class Base:
@@ -38,9 +40,11 @@ def open_base(name: str, *, number_format: str | None, adapter: str | None, allo
     passport = read_passport(adapter) if adapter else None  # before the model: a wrong path is told at once
     if number_format is None:
         number_format = passport.format if passport else "none"
-    model = load_model(name, format=number_format)
-    footprint = model.get_memory_footprint()
     tokenizer = load_tokenizer(name)
+    model = load_model(name, format=number_format)
+    if passport and _other_constants(model, passport):
+        model = load_model(name, format=number_format, double_quant=False)
+    footprint = model.get_memory_footprint()
     if adapter:
         try:
             load_adapter(model, adapter, allow_other_base=allow_other_base)
@@ -51,6 +55,18 @@ def open_base(name: str, *, number_format: str | None, adapter: str | None, allo
         warn(note)
     model.eval()
     return Base(model, tokenizer, number_format, footprint)
+
+
+def _other_constants(model: PreTrainedModel, passport: Passport) -> bool:
+    """Whether `model` is the adapter's base in its number format, but with block constants that are not the same.
+
+    A passport knows the numbers by their hash only, and there are two kinds: quantized twice (the default) or not.
+    """
+    from lilliput.layers import identity_of
+
+    base = identity_of(model)
+    same = (base.weights_sha256, base.format) == (passport.base_weights_sha256, passport.format)
+    return same and base.quantized_sha256 != passport.base_quantized_sha256
 
 
 def size(count: float) -> str:

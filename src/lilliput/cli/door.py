@@ -210,6 +210,8 @@ def one_line(error: BaseException) -> str:
         return "stopped (Ctrl-C)"
     if isinstance(error, MemoryError):
         return f"not enough memory. {text}".strip()
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     kind = type(error).__name__
     return f"unexpected {kind}: {text or 'no message'}. Run again with --debug for the traceback"
 

@@ -42,8 +42,9 @@ def quantize(
     from lilliput.models import load_model, load_tokenizer, save_model
 
     started = time.perf_counter()
+    tokenizer = load_tokenizer(model)  # before the model: what is missing is told at once
     small = load_model(model, format=number_format, double_quant=double_quant)
-    save_model(small, out, load_tokenizer(model))
+    save_model(small, out, tokenizer)
     counts = {**_count(small), "seconds": round(time.perf_counter() - started, 2)}
     results = {"model": model, "format": number_format, "double_quant": double_quant, "path": str(out), **counts}
     return Answer(results, _table(results))

@@ -66,7 +66,7 @@ def _how_to_go_on(out: Path) -> str:
     """After a stop that no checkpoint was written for."""
     if any(out.glob("checkpoints/step-*")):
         return "The last checkpoint stands: run the same command with --resume to go on"
-    return "Nothing was trained yet: run the same command with --overwrite to begin again"
+    return "Nothing was trained yet: run the same command again to begin"
 
 
 def _table(result: RunResult, model: str) -> Table:

@@ -89,6 +89,8 @@ def _check_turn(turn: Turn, number: int, chat: Chat) -> None:
         )
     if not turn.content.strip():
         raise DataError(f"turn {number} ({turn.role}) has no words", where=where)
+    if any("\ud800" <= letter <= "\udfff" for letter in turn.content):  # from a terminal that does not speak UTF-8
+        raise DataError(f"turn {number} ({turn.role}) holds half a character (a lone surrogate)", where=where)
     if turn.role == "system":
         if number > 1:
             raise DataError(f"turn {number} is a system turn; only the first may be", where=where)

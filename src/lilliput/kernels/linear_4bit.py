@@ -32,7 +32,7 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
         bias: [out], or None.
 
     Raises:
-        FormatError: q is not a matrix, or x or bias do not fit it.
+        FormatError: q is not a matrix, x or bias do not fit it, or x is of another dtype.
     """
     check(x, q, bias)
     return torch.ops.lilliput.linear_4bit(
@@ -41,7 +41,9 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
 
 
 def check(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> None:
-    """Raise FormatError when x [..., in] and bias [out] do not fit a quantized matrix."""
+    """Raise FormatError when x [..., in] or bias [out] do not fit a quantized matrix, or x is of another dtype."""
+    if x.dtype not in (*formats.FLOATS, torch.float64):
+        raise FormatError(f"x is {x.dtype}; a product with a 4-bit matrix takes float32, bfloat16, float16 or float64")
     if len(q.shape) != 2 or x.shape[-1:] != q.shape[1:]:
         raise FormatError(
             f"x is {list(x.shape)}, the quantized matrix {list(q.shape)}; x's last size must be its second"

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from lilliput.errors import CheckpointError
-from lilliput.files import TensorsHash, open_safetensors
+from lilliput.files import TensorsHash, open_safetensors, read_json, sha256_file
 from lilliput.layers.replace import quantized_layers
 
 ATTRIBUTE = "base_identity"  # where a loader leaves an IdentitySource on the model
@@ -68,18 +68,32 @@ def identity_of(model: nn.Module) -> BaseIdentity:
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
     if isinstance(source, IdentitySource):
         name, weights = source.name, source.weights_sha256
-    elif files := sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []:
-        weights = hash_safetensors(files)
+    elif files := _weight_files(Path(name)):
+        weights = hash_files(files)
     else:
         weights = _hash_parameters(model)
     formats = {layer.format_name for _, layer in quantized_layers(model)}
     return BaseIdentity(name, weights, _hash_quantized(model) if formats else None, "+".join(sorted(formats)) or "none")
 
 
-def hash_safetensors(files: list[Path]) -> str:
-    """The hash of all tensors in these files, as stored."""
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that a load takes of `directory`; others that lie there are no part of this model."""
+    if (single := directory / "model.safetensors").is_file():
+        return [single]
+    if (index := directory / "model.safetensors.index.json").is_file():
+        return sorted(directory / name for name in set(read_json(index)["weight_map"].values()))
+    return sorted(directory.glob("*.safetensors"))
+
+
+def hash_files(files: list[Path]) -> str:
+    """The hash of all tensors in these safetensors files, as stored; files of another kind (pickles, which are never
+    opened here) are hashed byte by byte.
+    """
     digest = TensorsHash()
     for file in files:
+        if file.suffix != ".safetensors":
+            digest.add_bytes(file.name, "file", (), sha256_file(file).encode())
+            continue
         with open_safetensors(file) as handle:
             for name in handle.keys():  # noqa: SIM118  a safe_open handle is no mapping
                 digest.add(name, handle.get_tensor(name))

@@ -33,10 +33,12 @@ class QuantizedLinear(nn.Linear):
         weight_absmax_offset: float32 [], only when double-quantized.
         bias: floating point [out], or absent.
 
+    `transposed` says that it stands for a `Conv1D`, whose dense weight is [in, out]; codes are always of [out, in].
     `.to(dtype)` and `.half()` change the type of the bias alone: codes and constants keep their types.
     """
 
     format_name: str
+    transposed: bool = False
     weight_absmax: nn.Parameter
     weight_absmax_scale: nn.Parameter | None
     weight_absmax_offset: nn.Parameter | None
@@ -68,7 +70,9 @@ class QuantizedLinear(nn.Linear):
             weight = weight.t().contiguous()
         quantized = kernels.quantize(weight, _name(format), double_quant)
         bias = getattr(linear, "bias", None)
-        return cls(quantized, None if bias is None else bias.detach()).train(linear.training)
+        layer = cls(quantized, None if bias is None else bias.detach()).train(linear.training)
+        layer.transposed = isinstance(linear, Conv1D)
+        return layer
 
     @classmethod
     def empty(

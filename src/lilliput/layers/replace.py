@@ -86,9 +86,11 @@ def _quantized_in_place_of(linear: nn.Linear | Conv1D, format: str, double_quant
         return QuantizedLinear.from_linear(linear, format, double_quant)
     out_features, in_features = shape_of(linear)
     bias = linear.bias
-    return QuantizedLinear.empty(
+    layer = QuantizedLinear.empty(
         in_features, out_features, bias is not None, format, double_quant, dtype=None if bias is None else bias.dtype
     )
+    layer.transposed = isinstance(linear, Conv1D)
+    return layer
 
 
 def _tied(model: nn.Module) -> list[str]:

@@ -198,7 +198,7 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
         dtype = getattr(model, "dtype", torch.float32)
         for target, layer in layers.items():
             _merge_one(target, layer, state.active, dtype)
-    except (UsageError, FormatError):
+    except BaseException:  # Ctrl-C and a full memory too: half a merge would be the base of all that follows
         for layer in layers.values():
             if layer.merged:
                 layer.unmerge()

@@ -87,6 +87,7 @@ class LoraLayer(nn.Module):
         """Put the sum of W and the updates of `names` in the base's place.
 
         A dense base gets new numbers in its own dtype. A quantized base is set aside and a dense nn.Linear in `dtype`
+        (a Conv1D where the model had one)
         takes its place: a sum rounded to the few values of the number format would no longer be the adapter.
 
         Raises FormatError, with nothing changed, when the sum is not finite.
@@ -307,10 +308,14 @@ def _unset_linear(in_features: int, out_features: int, device: torch.device) -> 
     return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False, device=device, dtype=torch.float32)
 
 
-def _dense(base: Any, weight: Tensor) -> nn.Linear:
-    """A plain Linear with this weight [out, in] and the base's own bias parameter."""
-    out_features, in_features = weight.shape
-    dense = nn.Linear(in_features, out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(weight, requires_grad=False)
+def _dense(base: QuantizedLinear, weight: Tensor) -> nn.Linear | Conv1D:
+    """The plain layer that `base` stands for, with this weight [out, in] and the base's own bias parameter."""
+    with torch.device("meta"):
+        dense: Any = (
+            Conv1D(base.out_features, base.in_features)
+            if base.transposed
+            else nn.Linear(base.in_features, base.out_features)
+        )
+    dense.weight = nn.Parameter(weight.T.contiguous() if base.transposed else weight, requires_grad=False)
     dense.bias = base.bias
     return dense.train(base.training)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput import files
-from lilliput.errors import CheckpointError, LilliputError, UsageError, WrongBaseError
+from lilliput.errors import CheckpointError, UsageError, WrongBaseError
 from lilliput.lora.adapters import (
     active_adapters,
     adapter_tensors,
@@ -95,7 +95,7 @@ def load_adapter(
         raise CheckpointError(f"does not fit this model: {error}", where=str(folder / CONFIG_FILE)) from error
     try:
         _fill(model, name, tensors, folder / WEIGHTS_FILE)
-    except LilliputError:
+    except BaseException:  # Ctrl-C too: numbers that were never filled in must not stay
         delete_adapter(model, name)
         set_adapter(model, before)
         raise

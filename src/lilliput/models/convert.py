@@ -18,7 +18,7 @@ import transformers
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from lilliput.errors import CheckpointError, DiskError, nearest
+from lilliput.errors import CheckpointError, DiskError, LilliputError, nearest
 from lilliput.files import cache_dir, read_json, write_json
 from lilliput.models.families import FAMILIES, Family
 from lilliput.models.gguf import GgufFile, lazily
@@ -26,6 +26,7 @@ from lilliput.models.rope import FACTORS
 from lilliput.models.stream import StoredTensor
 from lilliput.progress import say
 
+NO_GGUF = "Use the model's safetensors instead."
 _RECIPE = 4  # raised when this file or tokenizer.py makes something else of the same header
 
 
@@ -71,16 +72,18 @@ def _move_in_place(made: Path, directory: Path) -> None:
 
 
 @contextmanager
-def of_transformers(file: GgufFile, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises over the metadata of `file` into a CheckpointError."""
+def of_transformers(where: Path, fault: str, todo: str | None = None) -> Iterator[None]:
+    """Turn whatever transformers raises over a stranger's file into a CheckpointError: `fault (what it said)`.
+
+    Its kinds of exceptions cannot be listed (the tokenizers library raises plain `Exception`).
+    """
     try:
         yield
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, NotImplementedError, OSError) as error:
-        raise CheckpointError(
-            f"transformers cannot make a {what} of its metadata ({type(error).__name__}: {error})",
-            where=str(file.path),
-            todo="Use the model's safetensors instead.",
-        ) from error
+    except LilliputError:
+        raise
+    except Exception as error:
+        said = str(error).strip().splitlines() or [""]
+        raise CheckpointError(f"{fault} ({type(error).__name__}: {said[0]})", where=str(where), todo=todo) from error
 
 
 def drop_keys(path: Path, *keys: str) -> None:
@@ -94,7 +97,7 @@ def family_of(file: GgufFile) -> Family:
         raise CheckpointError(
             f"GGUF of the architecture '{file.architecture}' is not supported{nearest(file.architecture, FAMILIES)}",
             where=str(file.path),
-            todo=f"Supported: {', '.join(FAMILIES)}. Use the model's safetensors instead.",
+            todo=f"Supported: {', '.join(FAMILIES)}. {NO_GGUF}",
         )
     return FAMILIES[file.architecture]
 
@@ -138,13 +141,18 @@ def _stored(file: GgufFile, found: str, name: str, family: Family, config: PreTr
     # a transposed layout has the shape that the model expects, not the file's
     shape = tensor.shape
     if transform is not None:
-        shape = tuple(transform(torch.empty(shape, device="meta")).shape)
+        try:
+            shape = tuple(transform(torch.empty(shape, device="meta")).shape)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"tensor '{found}' {list(shape)} does not fit the heads that the metadata tell of", where=str(file.path)
+            ) from error
     return StoredTensor(name, file.dtype(found), shape, tensor.nbytes, lazily(file, found, transform))
 
 
 def _convert_config(file: GgufFile, directory: Path) -> None:
     """Let transformers read the metadata, complete them, and write the configs."""
-    with of_transformers(file, "configuration"):
+    with of_transformers(file.path, "transformers cannot make a configuration of its metadata", NO_GGUF):
         config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
         _complete(config, file)
         with torch.device("meta"):

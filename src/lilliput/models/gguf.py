@@ -100,9 +100,9 @@ def open_gguf(path: Path) -> GgufFile:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise reader.broken(f"'general.alignment' is {alignment!r}, expected a power of two")
-    if metadata.get("split.count", 0) > 1:
+    if (parts := metadata.get("split.count", 0)) not in (0, 1):
         raise CheckpointError(
-            f"is one of {metadata['split.count']} parts, which are not read here",
+            f"is one of {parts} parts, which are not read here",
             where=str(path),
             todo="Join them first with llama.cpp's `llama-gguf-split --merge`.",
         )

@@ -160,9 +160,13 @@ class LilliputQuantizer(HfQuantizer):
         return _Quantize(self)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Called when a model is about to be saved: the moment to say which checkpoint it came from."""
+        """Called when a model is about to be saved: the moment to say which checkpoint it came from, and which layers
+        are dense now (a merged adapter makes some so).
+        """
         from lilliput.layers import identity_of
+        from lilliput.layers.replace import linear_names
 
+        self.quantization_config.skip_modules = linear_names(model)
         self.quantization_config.weights_sha256 = identity_of(model).weights_sha256
         return None, {}
 
@@ -241,19 +245,19 @@ def _attach_identity(model: PreTrainedModel, config: LilliputConfig, files: list
     """Let `identity_of` find the checkpoint again: by the hash it remembers, or by its files."""
     from lilliput.layers.identity import ATTRIBUTE, IdentitySource, Stamp
 
-    stamps = [Stamp.of(file) for file in files if file.suffix == ".safetensors"]
+    stamps = [Stamp.of(file) for file in files]
     name = str(model.config.name_or_path or files[0].parent)
     setattr(model, ATTRIBUTE, IdentitySource(name, partial(_checkpoint_hash, config.weights_sha256, stamps)))
 
 
 def _checkpoint_hash(remembered: str | None, stamps: list[Any]) -> str:
-    from lilliput.layers.identity import hash_safetensors
+    from lilliput.layers.identity import hash_files
 
     if remembered:
         return remembered
     for stamp in stamps:
         stamp.check()
-    return hash_safetensors([stamp.path for stamp in stamps])
+    return hash_files([stamp.path for stamp in stamps])
 
 
 __all__ = ["FP4Config", "LilliputConfig", "LilliputQuantizer", "NF4Config", "config_for"]

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lilliput.errors import CheckpointError, UsageError, nearest
+from lilliput.errors import CheckpointError, LilliputError, UsageError, nearest
 from lilliput.formats import FORMATS
 from lilliput.layers.identity import ATTRIBUTE, IdentitySource, Stamp
-from lilliput.models.convert import config_directory, model_tensors
+from lilliput.models.convert import config_directory, model_tensors, of_transformers
 from lilliput.models.gguf import hash_gguf, open_gguf
 from lilliput.models.hf import METHOD, LilliputConfig, config_for
 from lilliput.models.locate import Source, locate
@@ -143,13 +143,8 @@ def _hash_stamped(stamps: list[Stamp], remembered: str | None, hash_files: Calla
 
 
 def _read_config(directory: Path) -> PreTrainedConfig:
-    try:
+    with of_transformers(directory / "config.json", "is no configuration that transformers can use"):
         return AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"is no configuration that transformers can use ({str(error).strip().splitlines()[0]})",
-            where=str(directory / "config.json"),
-        ) from error
 
 
 def _take_quantization(config: PreTrainedConfig, source: Source) -> LilliputConfig | None:
@@ -164,7 +159,10 @@ def _take_quantization(config: PreTrainedConfig, source: Source) -> LilliputConf
             where=source.name,
             todo="Give the original model, or load it with transformers and the library that made it.",
         )
-    return LilliputConfig.from_dict(content)
+    try:
+        return LilliputConfig.from_dict(content)
+    except LilliputError as error:  # the file's fault, not the caller's
+        raise CheckpointError(error.what, where=str(source.path / "config.json"), todo=error.todo) from error
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -236,8 +234,10 @@ def _check(info: dict[str, Any], name: str) -> None:
 def _finish(loaded: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
     """Generation config, name, identity."""
     name = checkpoint.source.name
-    if (checkpoint.directory / "generation_config.json").is_file() and loaded.can_generate():
-        loaded.generation_config = GenerationConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    generation = checkpoint.directory / "generation_config.json"
+    if generation.is_file() and loaded.can_generate():
+        with of_transformers(generation, "is no generation config that transformers can use"):
+            loaded.generation_config = GenerationConfig.from_pretrained(checkpoint.directory, local_files_only=True)
     loaded.name_or_path = loaded.config.name_or_path = name
     setattr(loaded, ATTRIBUTE, IdentitySource(name, checkpoint.hash_weights))
     return loaded.eval()

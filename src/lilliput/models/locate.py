@@ -82,6 +82,17 @@ def _near_names(path: Path) -> list[str]:
     return [*CATALOGUE, *beside]
 
 
+def _complete(snapshot: Path) -> bool:
+    """False for what an interrupted download has left: no config, or not all shards that the index names."""
+    from lilliput.models.stream import directory_files  # here, since names alone must not cost the import of torch
+
+    try:
+        directory_files(snapshot)
+    except CheckpointError:
+        return False
+    return (snapshot / "config.json").is_file()
+
+
 def _from_hub(name: str) -> Path:
     """The snapshot of a hub repository: the one in the local cache when it is complete, else a download."""
     from huggingface_hub import snapshot_download
@@ -89,7 +100,7 @@ def _from_hub(name: str) -> Path:
 
     try:
         cached = Path(snapshot_download(name, allow_patterns=list(_ALLOWED), local_files_only=True))
-        if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")):
+        if _complete(cached):
             return cached
     except LocalEntryNotFoundError:
         pass  # not here yet

@@ -1,7 +1,7 @@
 """Write a model, quantized or not, as a Hugging Face directory that `load_model` and `from_pretrained` read again.
 
-Weights first, `config.json` last, each written beside and renamed: a full disk or a crash leaves the files that were
-there. Not here: sharding (one file of any size is read by memory map), other libraries' quantized formats.
+Everything is written beside, then renamed, the weights first and `config.json` last: a full disk leaves the files that
+were there. Not here: sharding (one file of any size is read by memory map), other libraries' quantized formats.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import transformers
@@ -16,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.errors import DiskError, FormatError, UsageError
-from lilliput.files import replace, write_json, write_safetensors
+from lilliput.files import replace, write_safetensors
 from lilliput.layers import identity_of, quantized_layers
 from lilliput.layers.replace import linear_names
 from lilliput.models.hf import config_for
@@ -39,14 +41,17 @@ def save_model(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrai
     if directory.exists() and not directory.is_dir():
         raise UsageError("is a file, expected a directory to save into", where=str(directory))
     tensors = _own_tensors(model)
-    config = _config_json(model)
-    if tokenizer is not None:
-        _save_tokenizer(tokenizer, directory)
+    configs = {"config.json": _config_json(model)}
     if model.can_generate():
-        write_json(directory / "generation_config.json", json.loads(model.generation_config.to_json_string()))
-    write_safetensors(directory / WEIGHTS, tensors)
-    (directory / INDEX).unlink(missing_ok=True)  # of a sharded model that was here before
-    write_json(directory / "config.json", config)
+        configs["generation_config.json"] = json.loads(model.generation_config.to_json_string())
+    with ExitStack() as renames:  # happen when the block ends, the last one entered first
+        for name, content in configs.items():
+            beside = renames.enter_context(replace(directory / name))
+            beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            renames.enter_context(_tokenizer_files(tokenizer, directory))
+        write_safetensors(directory / WEIGHTS, tensors)
+        (directory / INDEX).unlink(missing_ok=True)  # of a sharded model that was here before
 
 
 def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -96,12 +101,14 @@ def _quantization_json(model: PreTrainedModel, kinds: set[tuple[str, bool]]) -> 
     return config.to_dict()
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Let transformers write the tokenizer's files elsewhere, then bring each in place."""
+@contextmanager
+def _tokenizer_files(tokenizer: PreTrainedTokenizerBase, directory: Path) -> Iterator[None]:
+    """Let transformers write the tokenizer's files beside; when the block has succeeded, bring each in place."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".tokenizer") as made:
             tokenizer.save_pretrained(made)
+            yield
             for file in sorted(path for path in Path(made).rglob("*") if path.is_file()):
                 with replace(directory / file.relative_to(made)) as temporary:
                     os.replace(file, temporary)

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lilliput.errors import CheckpointError
-from lilliput.models.convert import drop_keys, kept, of_transformers
+from lilliput.models.convert import NO_GGUF, drop_keys, kept, of_transformers
 from lilliput.models.gguf import GgufFile, open_gguf
 from lilliput.models.locate import locate
 from lilliput.progress import warn
@@ -43,14 +43,9 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """
     source = locate(model)
     directory = source.path if source.kind == "directory" else tokenizer_directory(open_gguf(source.path))
-    try:
+    todo = "tokenizer.json and tokenizer_config.json belong beside config.json."
+    with of_transformers(directory, "has no tokenizer that can be read", todo):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"has no tokenizer that can be read ({error})",
-            where=str(directory),
-            todo="tokenizer.json and tokenizer_config.json belong beside config.json.",
-        ) from error
 
 
 def tokenizer_directory(file: GgufFile) -> Path:
@@ -64,7 +59,7 @@ def tokenizer_directory(file: GgufFile) -> Path:
 
 
 def _convert(file: GgufFile, directory: Path) -> None:
-    with of_transformers(file, "tokenizer"):
+    with of_transformers(file.path, "transformers cannot make a tokenizer of its metadata", NO_GGUF):
         tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
     if (length := file.metadata.get(f"{file.architecture}.context_length")) is not None:
         tokenizer.model_max_length = length

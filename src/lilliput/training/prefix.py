@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -35,7 +35,7 @@ from lilliput.data import Example, Pack
 from lilliput.errors import UsageError
 from lilliput.progress import warn
 from lilliput.training.recipe import TrainSection
-from lilliput.training.trainer import batch_of, model_inputs
+from lilliput.training.trainer import LabelLoss, batch_of
 
 CACHE_FILE = "prefix.cache"  # in the run's folder, while the run lasts
 _SMALLEST_SHARE = 1 / 8  # of the layers: below it there is little to win
@@ -157,8 +157,8 @@ class Prefix:
         runs: rows that went through it so far.
 
     Args:
-        model: the language model, adapters attached.
-        layers: its decoder's list of layers.
+        loss: holds the language model, adapters attached, and knows how it is called.
+        layers: the decoder's list of layers.
         depth: k, at least 1 and less than the number of layers.
         pad_token_id: fills rows; never seen by another token.
         cache: where states are kept.
@@ -166,10 +166,11 @@ class Prefix:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: nn.ModuleList, depth: int, pad_token_id: int, cache: StateCache,
+        self, loss: LabelLoss, layers: nn.ModuleList, depth: int, pad_token_id: int, cache: StateCache,
         *, as_tuple: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.layers, self.depth, self.cache = model, layers, depth, cache
+        self.loss, self.model = loss, loss.model
+        self.layers, self.depth, self.cache = layers, depth, cache
         self.pad_token_id = pad_token_id
         self._stand_ins = [StandIn(layer, as_tuple=as_tuple) for layer in layers]
         self.runs = 0
@@ -217,12 +218,17 @@ class Prefix:
         self.runs += 1
         batch = batch_of([pack], self.pad_token_id)
         above = self._stand_ins[self.depth]
-        with self._replaced(range(self.depth, len(self.layers))):
-            self.model.base_model(**inputs_of(self.model, batch))
+        with self._replaced(range(self.depth, len(self.layers))), self.called(batch) as inputs:
+            self.model.base_model(**inputs)
         state, above.came_in = above.came_in, None
         if not isinstance(state, Tensor) or state.shape[:2] != batch["input_ids"].shape or state.ndim != 3:
             raise ValueError("its layers do not pass on one state a token")
         return state[0]
+
+    def called(self, batch: dict[str, Tensor]) -> AbstractContextManager[dict[str, Any]]:
+        """`LabelLoss.called` for a batch that may lie on another device."""
+        names = ("input_ids", "attention_mask", "position_ids")
+        return self.loss.called(**{name: batch[name].to(self.model.device) for name in names if name in batch})
 
     @contextmanager
     def _replaced(self, numbers: range) -> Iterator[None]:
@@ -251,13 +257,6 @@ def row_key(pack: Pack) -> bytes:
     return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
 
 
-def inputs_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """What the model is called with for a batch, on its device."""
-    wanted = ("input_ids", "attention_mask", "position_ids")
-    moved = {name: batch[name].to(model.device) if name in batch else None for name in wanted}
-    return model_inputs(model, **moved)  # type: ignore[arg-type]  # only the ids must be there, and are
-
-
 @dataclass(frozen=True)
 class Plan:
     """Whether the prefix is reused. `said` is for people and the report; None where there is nothing to reuse."""
@@ -267,7 +266,7 @@ class Plan:
 
 
 def plan(
-    model: PreTrainedModel, rows: Sequence[Pack], train: TrainSection, again: bool, folder: Path, pad_token_id: int
+    loss: LabelLoss, rows: Sequence[Pack], train: TrainSection, again: bool, folder: Path, pad_token_id: int
 ) -> Plan:
     """Decide about `train.reuse_prefix`, and show that it is exact before it is used.
 
@@ -280,7 +279,7 @@ def plan(
         the forward in two parts equals the plain forward: bit for bit on rows alone, to rounding in a batch.
 
     Args:
-        model: adapters attached and active, as they will be trained.
+        loss: its model has the adapters attached and active, as they will be trained.
         rows: all rows, to train on and held out.
         again: whether the training rows are passed over more than once.
         folder: where the cache's file may lie.
@@ -294,12 +293,13 @@ def plan(
     asked = train.reuse_prefix == "on"
     if train.reuse_prefix == "off" or (not again and not asked):
         return Plan(None, None)
+    model = loss.model
     layers = find_layers(model)
     depth, as_tuple = frozen_depth(model, layers) if layers else (0, False)
     if layers is None or not depth:
         reason = "no layer is frozen below the lowest trained one" if layers else "the list of its layers is not found"
         return _without(model, asked, reason, None)
-    prefix = Prefix(model, layers, depth, pad_token_id, cache, as_tuple=as_tuple)
+    prefix = Prefix(loss, layers, depth, pad_token_id, cache, as_tuple=as_tuple)
     reason = why_not(prefix, rows) or ("" if asked else _does_not_pay(prefix, rows)) or ""
     prefix.runs = 0
     if reason:
@@ -378,10 +378,10 @@ def why_not(prefix: Prefix, rows: Sequence[Pack]) -> str | None:
 
 def _both_ways(prefix: Prefix, packs: Sequence[Pack]) -> tuple[Tensor, Tensor]:
     """Last hidden states [rows, tokens, hidden] of the plain forward, and of the one in two parts; nothing is kept."""
-    inputs = inputs_of(prefix.model, batch_of(packs, prefix.pad_token_id))
-    plain = prefix.model.base_model(**inputs).last_hidden_state
-    with prefix.above(inputs, [prefix.run(pack) for pack in packs]) as instead:
-        return plain, prefix.model.base_model(**instead).last_hidden_state
+    with prefix.called(batch_of(packs, prefix.pad_token_id)) as inputs:
+        plain = prefix.model.base_model(**inputs).last_hidden_state
+        with prefix.above(inputs, [prefix.run(pack) for pack in packs]) as instead:
+            return plain, prefix.model.base_model(**instead).last_hidden_state
 
 
 def _agree(plain: Tensor, parted: Tensor, packs: Sequence[Pack]) -> bool:

@@ -60,7 +60,7 @@ _FILLED_BY_US = ("inference_mode", "base_model_name_or_path", "fan_in_fan_out", 
 class Section(BaseModel):
     """One section of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -252,7 +252,7 @@ def _section_fields(section: str) -> dict[str, FieldInfo]:
 def _refuse_unknown(values: Mapping[str, Any], where: str) -> None:
     for section, content in values.items():
         if section not in Recipe.model_fields:
-            said = f"{section}: no such section{nearest(section, Recipe.model_fields)}"
+            said = f"{section}: no such section{nearest(str(section), Recipe.model_fields)}"
             raise UsageError(said, where=where, todo=f"Sections: {', '.join(Recipe.model_fields)}.")
         if not isinstance(content, dict):
             raise UsageError(f"{section}: expected keys with values, found {content!r}", where=where)

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import lilliput
-from lilliput.files import replace, write_json, write_text
+from lilliput.files import read_json, replace, write_json, write_text
 from lilliput.progress import Advance
 
 if TYPE_CHECKING:
@@ -109,11 +110,19 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def write_versions(path: Path) -> None:
-    """What the run's numbers depend on beside its recipe: packages, machine, threads."""
+def write_versions(path: Path) -> list[str]:
+    """Write down what the run's numbers depend on beside its recipe: packages, machine, threads.
+
+    Returns what differs from what was written there before: `["threads 2 then, 1 now"]`.
+    """
+    before = read_json(path) if path.is_file() else {}
     versions = {name: metadata.version(name) for name in _PACKAGES}
     machine = {"python": platform.python_version(), "system": platform.platform(), "threads": torch.get_num_threads()}
-    write_json(path, {"lilliput": lilliput.__version__, **versions, **machine})
+    now = {"lilliput": lilliput.__version__, **versions, **machine}
+    write_json(path, now)
+    return [
+        f"{name} {before.get(name)} then, {now[name]} now" for name in now if before and before.get(name) != now[name]
+    ]
 
 
 def plot(journal: Sequence[dict[str, Any]], path: Path) -> None:
@@ -189,11 +198,18 @@ class RunResult:
 
 
 def write_report(
-    result: RunResult, model: str, data: Path, recipe: Recipe, notes: Iterable[str], checks: Sequence[CheckResult]
-) -> None:
-    """Write report.md: what was done, to what data, what was checked, what came out, how it is used."""
+    result: RunResult, model: str, data: Sequence[Path], recipe: Recipe, notes: Iterable[str],
+    checks: Sequence[CheckResult],
+) -> None:  # fmt: skip
+    """Write report.md: what was done, to what data, what was checked, what came out, how it is used.
+
+    `data` is the file of rows and, where there was one, that of the rows to evaluate on.
+    """
+    again = " ".join(
+        f"{option} {quote(str(path))}" for option, path in zip(("--data", "--eval-data"), data, strict=False)
+    )
     text = [
-        f"# {model} tuned on {data.name}\n",
+        f"# {model} tuned on {data[0].name}\n",
         _table(_what(result, recipe)),
         "![loss](loss.png)\n",
         "## Data\n",
@@ -202,10 +218,13 @@ def write_report(
         _list([f"{check.name}: {'passed' if check.passed else 'FAILED'}, {check.detail}" for check in checks])
         or "Not run (`--no-check`).\n",
         "## Use it\n",
-        f"```\nlilliput chat {model} --adapter {result.out}\n```\n",
-        _PYTHON.format(model=model, adapter=result.adapter, format=recipe.model.format),
-        f"`adapter/` is in PEFT's format. `recipe.yaml` is the complete recipe: `lilliput tune {model} --data {data} "
-        f"--recipe {result.out}/recipe.yaml -o DIR` does it again; `versions.json` says with what it was done.\n",
+        f"```\nlilliput chat {quote(model)} --adapter {quote(str(result.out))}\n```\n",
+        _PYTHON.format(
+            model=model, adapter=str(result.adapter), format=recipe.model.format, double_quant=recipe.model.double_quant
+        ),
+        f"`adapter/` is in PEFT's format. `recipe.yaml` is the complete recipe: `lilliput tune {quote(model)} {again} "
+        f"--recipe {quote(f'{result.out}/recipe.yaml')} -o DIR` does it again; "
+        "`versions.json` says with what it was done.\n",
     ]
     write_text(result.report, "\n".join(text))
 
@@ -215,8 +234,8 @@ _PYTHON = """In Python:
 ```python
 import lilliput
 
-model = lilliput.load_model("{model}", format="{format}")
-lilliput.load_adapter(model, "{adapter}")
+model = lilliput.load_model({model!r}, format={format!r}, double_quant={double_quant})
+lilliput.load_adapter(model, {adapter!r})
 ```
 """
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +29,14 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lilliput.errors import CheckpointError, LilliputError, UsageError
+from lilliput.errors import CheckpointError, DiskError, LilliputError, UsageError
 from lilliput.files import open_safetensors, read_json, write_json
-from lilliput.progress import say
+from lilliput.progress import say, warn
+
+if sys.platform == "win32":
+    fcntl = None
+else:
+    import fcntl
 
 RUN_FILE = "run.json"
 _STAGING = ".unfinished"
@@ -151,6 +157,57 @@ def interrupts() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the run's folder, which is made, inside the block; the lock dies with the process. Not on Windows.
+
+    Raises UsageError when another run holds it, DiskError when it cannot be made.
+    """
+    if out.exists() and not out.is_dir():
+        yield  # `claim` says what is wrong
+        return
+    new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"cannot be made ({error.strerror})", where=str(out), todo="Choose another -o.") from error
+    handle = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if handle is not None:
+            _lock(handle, out)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+        if new and not any(out.iterdir()):  # the run was refused
+            out.rmdir()
+
+
+def _lock(handle: int, out: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        todo = "Wait for it, stop it, or choose another -o."
+        raise UsageError("another run is at work in this folder", where=str(out), todo=todo) from error
+    except OSError as error:
+        warn(f"{out}: the file system knows no locks ({error.strerror}); do not start a second run in this folder")
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """What torch and the Trainer raise inside the block when they cannot write becomes a DiskError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's archive writer tells a full disk as a RuntimeError of this file of its own
+        if isinstance(error, RuntimeError) and "inline_container.cc" not in str(error):
+            raise
+        reason = (isinstance(error, OSError) and error.strerror) or "the disk is full or broken"
+        place = getattr(error, "filename", None) or out
+        todo = "Free some space and run the same command with --resume: earlier checkpoints are unchanged."
+        raise DiskError(f"could not be written ({reason})", where=str(place), todo=todo) from error
 
 
 def load_trained(module: nn.Module, checkpoint: Path) -> None:

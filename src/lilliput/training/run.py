@@ -9,7 +9,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from lilliput.errors import DataError, UsageError
 from lilliput.files import read_json, sha256_file, write_json, write_text
 from lilliput.lora import LoraConfig, Passport, add_adapter, make_passport, save_adapter, trainable_parameters
 from lilliput.models import load_model, load_tokenizer
-from lilliput.progress import bar, say
+from lilliput.progress import bar, say, warn
 from lilliput.training.checks import CheckResult, require, run_checks
 from lilliput.training.prefix import plan
 from lilliput.training.recipe import Recipe, TrainSection
@@ -32,7 +32,9 @@ from lilliput.training.resume import (
     Checkpoints,
     Guard,
     Interrupted,
+    alone,
     claim,
+    disk_errors,
     finish,
     interrupts,
     load_trained,
@@ -79,7 +81,7 @@ def tune(
         eval_data: rows to evaluate on; None holds out `data.eval_fraction` of the examples.
 
     Raises:
-        UsageError: `out` holds something else, or a recipe that does not fit the model.
+        UsageError: `out` holds something else or is in use by a run, or a recipe that does not fit the model.
         DataError: rows that cannot be used.
         CheckFailed: a promise is broken; nothing was trained.
         Interrupted: Ctrl-C; a checkpoint was saved, and the message says how to go on.
@@ -87,22 +89,26 @@ def tune(
     """
     began, data, out = time.perf_counter(), Path(data), Path(out)
     identity = _identity(model, data, recipe, eval_data)
-    with quiet_libraries():
+    with quiet_libraries(), ExitStack() as held:
         tokenizer = load_tokenizer(model)
+        held.enter_context(alone(out))
         checkpoint = claim(out, identity, resume=resume, overwrite=overwrite)
         recipe.save(out / "recipe.yaml")
-        write_versions(out / "versions.json")
+        if (other := write_versions(out / "versions.json")) and checkpoint:
+            warn(f"this run goes on with other versions, so not bit for bit: {'; '.join(other)}")
         rows = _read(data, eval_data, tokenizer, recipe, out, progress)
         base = load_base(model, recipe, progress=progress)
         passport = make_passport(base, tokenizer, rows.whole.sha256)
         _same_base(out, passport)
+        _within_positions(base, [*rows.train, *rows.held_out])
         checks = _check(out, base, tokenizer, rows.whole, progress) if check and checkpoint is None else _checked(out)
         loss = LabelLoss(base)
         best_step = _train(loss, tokenizer, rows, recipe, out, checkpoint, progress)
     save_adapter(base, out / "adapter", passport=passport)
     result = _result(base, rows, out, best_step, time.perf_counter() - began)
     plot(read_journal(out / "metrics.jsonl"), out / "loss.png")
-    write_report(result, model, data, recipe, _notes(rows), checks)
+    files = [data] if eval_data is None else [data, Path(eval_data)]
+    write_report(result, model, files, recipe, _notes(rows), checks)
     finish(out)
     return result
 
@@ -116,9 +122,9 @@ def check_data(model: str, data: str | Path, recipe: Recipe, *, progress: bool =
             data, tokenizer, max_length=section.max_length, overlong=section.overlong,
             skip_bad_rows=section.skip_bad_rows, progress=progress,
         )  # fmt: skip
-        return run_checks(
-            load_base(model, recipe, progress=progress), tokenizer, rows, show=progress, progress=progress
-        )
+        base = load_base(model, recipe, progress=progress)
+        _within_positions(base, rows.examples)
+        return run_checks(base, tokenizer, rows, show=progress, progress=progress)
 
 
 def load_base(model: str, recipe: Recipe, *, progress: bool = True) -> PreTrainedModel:
@@ -209,6 +215,18 @@ def split(examples: Sequence[Example], fraction: float, limit: int, seed: int) -
     return (train, [e for e in examples if tuple(e.input_ids) in apart]) if train else (list(examples), [])
 
 
+def _within_positions(model: PreTrainedModel, examples: Sequence[Example]) -> None:
+    """Raise UsageError for an example with more tokens than the model has positions: nothing good would be learned."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(examples, key=len)
+    if positions is not None and len(longest) > positions:
+        raise UsageError(
+            f"{len(longest):,} tokens, and the model has {positions:,} positions",
+            where=longest.origin,
+            todo=f"Set data.max_length={positions}; data.overlong says what becomes of longer rows.",
+        )
+
+
 def _same_base(out: Path, passport: Passport) -> None:
     """Remember the base's hash with the run, or compare it with what a resumed run began from."""
     run = read_json(out / RUN_FILE)
@@ -272,7 +290,8 @@ def _train(
             )
             journal.trainer = trainer
             _checkpointing(loss.model, train.gradient_checkpointing)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with disk_errors(out):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = trainer.state
     if not _is_over(state, steps, train):
         said = f"interrupted, saved at step {state.global_step:,} of {steps:,}"
@@ -292,7 +311,7 @@ def _reused_prefix(
     train = recipe.train
     once = count_steps(len(rows), train.model_copy(update={"epochs": 1, "max_steps": None}))
     again = count_steps(len(rows), train) > once
-    planned = plan(loss.model, [*rows, *held_out], train, again, out, pad_id(tokenizer, loss.model))
+    planned = plan(loss, [*rows, *held_out], train, again, out, pad_id(tokenizer, loss.model))
     if planned.said and progress:
         say(planned.said)
     loss.prefix = planned.prefix

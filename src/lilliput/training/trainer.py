@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -29,6 +29,7 @@ from lilliput.errors import LilliputError
 from lilliput.files import write_safetensors
 from lilliput.kernels.linear_loss import linear_loss
 from lilliput.progress import warn
+from lilliput.training.attention import block_by_block, blocks_of, longest_block, works_in_blocks
 from lilliput.training.recipe import TrainSection
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 Batch: TypeAlias = dict[str, Tensor]
 Collate: TypeAlias = Callable[[Sequence[Pack], int], Batch]
 
+_SAMPLE = Pack([0] * 7, [False] * 7, [0, 1, 2, 0, 1, 2, 3], [0, 0, 0, 1, 1, 1, 1])  # two sequences in a row
 _POOL = 64  # steps whose rows are sorted by length together: little padding, and still a new mixture each epoch
 
 
@@ -59,6 +61,8 @@ class LabelLoss(nn.Module):
         super().__init__()
         self.model = model
         self.direct = head_is_plain(model) if direct is None else direct
+        sample = collate([_SAMPLE], 0)
+        self.in_blocks = works_in_blocks(model, additive(sample["attention_mask"], model.dtype), sample["position_ids"])
         self.prefix: Prefix | None = None
 
     def forward(
@@ -84,12 +88,42 @@ class LabelLoss(nn.Module):
 
         Returns: {"loss": scalar}.
         """
-        inputs = model_inputs(self.model, input_ids, attention_mask, position_ids)
         wanted = labels[:, 1:]  # the token at t is predicted from t - 1
-        with self.prefix.reused(inputs, packs) if self.prefix and packs else nullcontext(inputs) as inputs:
+        with (
+            self.called(input_ids, attention_mask, position_ids) as plain,
+            self.prefix.reused(plain, packs) if self.prefix and packs else nullcontext(plain) as inputs,
+        ):
             total = self._direct(inputs, wanted) if self.direct else self._own_logits(inputs, wanted)
         count = wanted.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
+
+    @contextmanager
+    def called(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """What the model is to be called with for a batch; inside the block its attention is the one for it.
+
+        The arguments are those of `forward`.
+        """
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": None if attention_mask is None else additive(attention_mask, self.model.dtype),
+            "position_ids": position_ids,
+            "use_cache": False,
+        }
+        blocks = self._blocks(position_ids)
+        with block_by_block(self.model) if blocks else nullcontext():
+            yield {**inputs, "blocks": blocks} if blocks else inputs
+
+    def _blocks(self, position_ids: Tensor | None) -> list[list[int]] | None:
+        """The sequences of a packed batch, where attention can take them one by one."""
+        recomputed = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        if (
+            position_ids is None or not self.in_blocks or recomputed
+        ):  # recomputing, backward would see another attention
+            return None
+        blocks, limit = blocks_of(position_ids), longest_block(self.model)
+        return None if limit and max(map(max, blocks)) > limit else blocks
 
     def _direct(self, inputs: dict[str, Any], wanted: Tensor) -> Tensor:
         hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1]
@@ -106,18 +140,6 @@ class LabelLoss(nn.Module):
         return functional.cross_entropy(
             logits.flatten(0, 1).float(), picked.flatten(), ignore_index=NO_LABEL, reduction="sum"
         )
-
-
-def model_inputs(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> dict[str, Any]:
-    """What a model is called with for a batch; the arguments are those of `LabelLoss.forward`."""
-    return {
-        "input_ids": input_ids,
-        "attention_mask": None if attention_mask is None else additive(attention_mask, model.dtype),
-        "position_ids": position_ids,
-        "use_cache": False,
-    }
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
