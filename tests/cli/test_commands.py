@@ -142,6 +142,16 @@ def test_quantize_writes_a_directory_that_loads_again(tiny_model_dir, text, tmp_
         assert ours["footprint_bytes"] == theirs["footprint_bytes"] == made["quantized_bytes"]
 
 
+def test_quantize_to_none_only_converts(tiny_model_dir, text, tmp_path) -> None:
+    made = answer("quantize", tiny_model_dir, "--format", "none", "-o", tmp_path / "same")
+    assert made["quantized_parameters"] == 0
+    scores = [
+        answer("eval", "perplexity", path, "--text", text, "--context", 64) for path in (tiny_model_dir, made["path"])
+    ]
+    assert scores[0]["perplexity"] == scores[1]["perplexity"]
+    assert "own numbers" in run("quantize", tiny_model_dir, "--format", "none", "-o", tmp_path / "again").stdout
+
+
 def test_chat_prompt_prints_only_the_answer(tiny_model_dir) -> None:
     words = ("chat", tiny_model_dir, "--prompt", "Hello", "--max-new-tokens", 10)
     plain, spoken = run(*words), answer(*words)

@@ -55,6 +55,14 @@ def test_people_see_the_table_and_three_examples(tiny, tmp_path):
     assert all(row.message[:20] in result.stdout for row in demo_rows("heldout", 3))
 
 
+def test_the_base_may_stay_in_its_own_numbers_and_a_wrong_format_is_refused(tiny, tmp_path):
+    result = _demo(tmp_path / "demo", "--format", "none")
+    assert result.exit_code == 0, result.output
+    assert "float32" in result.stdout
+    assert json.loads((tmp_path / "demo" / "report.json").read_text())["format"] == "none"
+    assert "did you mean 'nf4'" in _demo(tmp_path / "other", "--format", "nf3").stderr
+
+
 def test_a_folder_with_something_else_is_left_alone(tiny, tmp_path):
     (tmp_path / "report.json").write_text("mine")
     result = _demo(tmp_path)
@@ -75,6 +83,6 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, monkeypatch):
 
 def test_the_recipe_is_qlora_on_all_linear_layers_with_packing():
     recipe = load_recipe("demo")
-    assert (recipe.model.format, recipe.model.double_quant) == (command.FORMAT, True)
+    assert (recipe.model.format, recipe.model.double_quant) == ("nf4", True)
     assert recipe.lora.target_modules == "all-linear"
     assert recipe.data.packing

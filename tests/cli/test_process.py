@@ -91,7 +91,9 @@ def test_ctrl_c_in_chat_stops_the_answer_and_not_the_program(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     slow = make_tiny_llama(num_hidden_layers=24, max_position_embeddings=4096)  # its answer takes half a minute
-    slow.lm_head.weight.data[slow.config.eos_token_id] = 0  # and does not end by itself
+    one, other = (tiny_tokenizer.convert_tokens_to_ids(letter) for letter in "ab")
+    slow.lm_head.weight.data[one] = -slow.lm_head.weight.data[other]  # whatever the state, one of the two is positive
+    slow.lm_head.weight.data[[token for token in range(slow.config.vocab_size) if token not in (one, other)]] = 0
     slow.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     process = start("chat", tmp_path, "--max-new-tokens", 3000)

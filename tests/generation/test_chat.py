@@ -12,6 +12,13 @@ from lilliput.errors import DataError, UsageError
 from lilliput.generation import ChatSession, Sampling
 from lilliput.generation.chat import Detokenizer, end_tokens
 
+# as Qwen3's: an earlier answer loses its thoughts
+THINKING = (
+    "{% for m in messages %}{% set words = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
+    "{{ '<|im_start|>' + m.role + '\n' + words + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 
 @pytest.fixture
 def talker(tiny_llama, tiny_tokenizer):
@@ -50,6 +57,17 @@ def test_turns_are_remembered_and_reset_forgets_them(talker) -> None:
     session.reset(session.system)
     assert session.turns == ()
     assert "".join(session.reply("Hello")) == one
+
+
+def test_thoughts_are_not_remembered_where_the_template_drops_them(talker, monkeypatch) -> None:
+    session = talker()
+    session.tokenizer.chat_template = THINKING
+    said = iter(["<think>\nA greeting.\n</think>\n\nHello!", "<think>\nWhat now", "Bye."])
+    monkeypatch.setattr(session, "_stream", lambda ids: iter([next(said)]))
+    assert "A greeting." in "".join(session.reply("Hi"))
+    list(session.reply("And?"))  # cut short while it thought: nothing was said
+    list(session.reply("Bye"))
+    assert [turn.content.strip() for turn in session.turns] == ["Hi", "Hello!", "Bye", "Bye."]
 
 
 def test_seeded_talks_are_equal_and_others_are_not(talker) -> None:

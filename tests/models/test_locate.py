@@ -110,3 +110,24 @@ def test_a_home_directory_is_expanded(tmp_path, monkeypatch, tiny_llama):
     model = tiny_llama()
     model.save_pretrained(tmp_path / "model")
     assert torch.equal(load_model("~/model", progress=False).lm_head.weight, model.lm_head.weight)
+
+
+def test_a_download_takes_the_weights_once(hub, monkeypatch):
+    """A repository may hold its weights again under other names (consolidated.safetensors, original/…)."""
+    snapshot = hub_cache(hub, "some/model")
+    make_model("llama").save_pretrained(snapshot, max_shard_size="50KB")
+    shards = sorted(file.name for file in snapshot.glob("*.safetensors"))
+    hidden = {name: (snapshot / name).read_bytes() for name in shards}
+    for name in shards:
+        (snapshot / name).unlink()
+    asked: list[str] = []
+
+    def download(name: str, allow_patterns: list[str] | None = None, local_files_only: bool = False) -> str:
+        asked.extend(allow_patterns or ())
+        for shard in set(shards) & set(allow_patterns or ()):
+            (snapshot / shard).write_bytes(hidden[shard])
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate("some/model").path == snapshot
+    assert sorted({name for name in asked if name.endswith(".safetensors")}) == shards

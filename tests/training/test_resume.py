@@ -308,3 +308,9 @@ def test_going_on_with_other_versions_is_said(
     tune(str(tiny_model_dir), rows, out, quick(), check=False, progress=False, resume=True)
     said = " ".join(capsys.readouterr().err.split())
     assert f"not bit for bit: threads 99 then, {torch.get_num_threads()} now" in said
+
+
+def test_a_copy_of_a_checkpoint_that_a_person_made_is_passed_over(tmp_path: Path) -> None:
+    for name in ("step-000003", "step-000050-old", "step-foo"):
+        (tmp_path / name).mkdir()
+    assert Checkpoints(tmp_path).steps() == [3]

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lilliput.cli.base import size
-from lilliput.cli.door import Answer, Stopped
+from lilliput.cli.door import FORMATS, Answer, Stopped, choose
 from lilliput.progress import say
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lilliput.evaluation import ExactResult
     from lilliput.training import RunResult
 
-MODEL, FORMAT = "smollm2-135m-instruct", "nf4"  # the format of recipes/demo.yaml
+MODEL = "smollm2-135m-instruct"
 TRAIN_ROWS = 540
 LONGEST_ANSWER = 48  # tokens; no right answer has more than 33, and base and tuned model get the same
 BATCH = 50  # held-out rows answered at once
@@ -38,25 +38,30 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The run's folder.")] = Path("runs/demo"),
     rows: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out messages to answer.")] = 100,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the generated rows and of the training.")] = 0,
+    number_format: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="Number format of the base: nf4, fp4 or none.")
+    ] = "nf4",
 ) -> Answer:
     """Fine-tune SmolLM2-135M on built-in data and compare it with its base: at most ten minutes on two cores.
 
     Example:  lilliput demo -o runs/demo
     """
     began = time.perf_counter()
+    choose(number_format, FORMATS, "--format")
     from lilliput.data.demo import demo_rows
     from lilliput.files import write_json
 
-    run = _train(out, seed)
+    run = _train(out, seed, number_format)
     trained = time.perf_counter()
     heldout = demo_rows("heldout", rows, seed)
-    base, tuned, footprint = _compare(heldout, run.adapter)
+    base, tuned, footprint = _compare(heldout, run.adapter, number_format)
     ended = time.perf_counter()
     results = {
         "rows": rows,
         "base_exact": base.exact,
         "tuned_exact": tuned.exact,
         "base_footprint_bytes": footprint,
+        "format": number_format,
         "train_tokens_per_second": round(run.train_tokens_per_second, 1),
         "seconds": round(ended - began, 1),
         "adapter": str(run.adapter),
@@ -71,7 +76,7 @@ def demo(
     return Answer(results, Group(_first_three(heldout, base, tuned), "", _table(results, out)))
 
 
-def _train(out: Path, seed: int) -> RunResult:
+def _train(out: Path, seed: int, number_format: str) -> RunResult:
     """What `lilliput tune` would do with the generated rows and the recipe `demo`."""
     from lilliput.data.demo import demo_rows
     from lilliput.training import load_recipe, tune
@@ -80,9 +85,10 @@ def _train(out: Path, seed: int) -> RunResult:
     data = out.with_name(f"{out.name}-train.jsonl")  # beside the run's folder, which `tune` wants for itself
     _write_jsonl(data, [row.as_messages() for row in demo_rows("train", TRAIN_ROWS, seed)])
     _forget_last_answers(out)
-    say(f"1/3 {MODEL} in {FORMAT} learns from {TRAIN_ROWS} messages ({data})")
+    recipe = load_recipe("demo", [f"train.seed={seed}", f"model.format={number_format}"])
+    say(f"1/3 {MODEL} in {_numbers(number_format)} learns from {TRAIN_ROWS} messages ({data})")
     try:
-        return tune(MODEL, data, out, load_recipe("demo", [f"train.seed={seed}"]), overwrite=True)
+        return tune(MODEL, data, out, recipe, overwrite=True)
     except (Interrupted, KeyboardInterrupt) as error:
         again = shlex.join(["lilliput", "tune", MODEL, "--data", str(data), "--recipe", str(out / "recipe.yaml")])
         todo = (
@@ -100,7 +106,7 @@ def _forget_last_answers(out: Path) -> None:
             (out / name).unlink(missing_ok=True)
 
 
-def _compare(heldout: Sequence[DemoRow], adapter: Path) -> tuple[ExactResult, ExactResult, int]:
+def _compare(heldout: Sequence[DemoRow], adapter: Path, number_format: str) -> tuple[ExactResult, ExactResult, int]:
     """Answers of the base, of the same base with the adapter on it, and the base's bytes."""
     from lilliput.data import Record, to_chat
     from lilliput.evaluation import exact_match
@@ -108,7 +114,7 @@ def _compare(heldout: Sequence[DemoRow], adapter: Path) -> tuple[ExactResult, Ex
     from lilliput.models import load_model, load_tokenizer
 
     chats = [to_chat(Record(row.as_messages(), f"held-out row {place}")) for place, row in enumerate(heldout, start=1)]
-    model = load_model(MODEL, format=FORMAT)  # double quantization is the default
+    model = load_model(MODEL, format=number_format)  # double quantization is the default
     tokenizer = load_tokenizer(MODEL)
     footprint = model.get_memory_footprint()
     say(f"2/3 the base answers {len(chats)} held-out messages")
@@ -136,6 +142,10 @@ def _answers(heldout: Sequence[DemoRow], base: ExactResult, tuned: ExactResult) 
     return lines
 
 
+def _numbers(number_format: str) -> str:
+    return "float32" if number_format == "none" else f"{number_format}, double quantization"
+
+
 def _first_three(heldout: Sequence[DemoRow], base: ExactResult, tuned: ExactResult) -> Table:
     """The first three held-out rows, whatever became of them."""
     table = Table(title="The first three held-out messages", title_justify="left", show_header=False)
@@ -156,8 +166,8 @@ def _table(results: dict[str, Any], out: Path) -> Table:
     for name in ("base", "tuned"):
         exact = results[f"{name}_exact"]
         table.add_row(f"{name}, exact answers", f"[bold]{exact}[/bold] of {rows} ({exact / rows:.0%})")
-    memory = f"{size(results['base_footprint_bytes'])} ({FORMAT}, double quantization)"
-    table.add_row("memory of the base", memory)
+    memory = size(results["base_footprint_bytes"])
+    table.add_row("memory of the base", f"{memory} ({_numbers(results['format'])})")
     speed = f"{results['train_tokens_per_second']:,.0f} tokens/s"
     table.add_row("training", f"{results['train_tokens']:,} tokens of {results['train_rows']} messages, {speed}")
     spent = f"training and its checks {results['tune_seconds']:.0f}, answering {results['answer_seconds']:.0f}"

@@ -33,6 +33,8 @@ from lilliput.progress import console, warn
 
 P = ParamSpec("P")
 
+FORMATS = ("nf4", "fp4", "none")  # none: the checkpoint's own numbers
+
 # Options that several commands share, each described once.
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, a .gguf file, a hub id, or a short name.")

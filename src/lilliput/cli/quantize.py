@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from lilliput.cli.base import facts, size
-from lilliput.cli.door import Answer, Model, choose
+from lilliput.cli.door import FORMATS, Answer, Model, choose
 from lilliput.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ def quantize(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Directory to write; made if it is not there.")
     ],
-    number_format: Annotated[str, typer.Option("--format", metavar="NAME", help="nf4 or fp4.")] = "nf4",
+    number_format: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="nf4, fp4, or none (convert only).")
+    ] = "nf4",
     double_quant: Annotated[
         bool, typer.Option("--double-quant/--no-double-quant", help="Quantize the blocks' constants as well.")
     ] = True,
@@ -32,9 +34,7 @@ def quantize(
 
     Example:  lilliput quantize smollm2-135m-instruct --format nf4 -o smollm2-nf4
     """
-    from lilliput.formats import FORMATS
-
-    choose(number_format, tuple(FORMATS), "--format")
+    choose(number_format, FORMATS, "--format")
     if out.is_file():
         raise UsageError("is a file", where=str(out), todo="Give -o a directory.")
     if not overwrite and out.is_dir() and any(out.iterdir()):
@@ -76,8 +76,14 @@ def _table(results: dict[str, Any]) -> Table:
     rows = {
         "in float32": f"{size(results['original_bytes'])}, {results['parameters']:,} parameters",
         "now": size(results["quantized_bytes"]),
-        "quantized": f"{results['quantized_parameters']:,} at {results['bits_per_quantized_parameter']} bits each",
+        "quantized": _quantized(results),
         "all together": f"{results['bits_per_parameter']:.3f} bits a parameter (embeddings and norms stay float32)",
         "written to": results["path"],
     }
     return facts(f"{results['model']} in {results['format']}", rows)
+
+
+def _quantized(results: dict[str, Any]) -> str:
+    if not results["quantized_parameters"]:
+        return "nothing: the checkpoint's own numbers"
+    return f"{results['quantized_parameters']:,} at {results['bits_per_quantized_parameter']} bits each"

@@ -10,13 +10,12 @@ import typer
 from rich.table import Table
 
 from lilliput.cli.base import facts, size
-from lilliput.cli.door import Answer, Model, NumberFormat, RecipeName, Settings, Stopped, choose
+from lilliput.cli.door import FORMATS, Answer, Model, NumberFormat, RecipeName, Settings, Stopped, choose
 from lilliput.errors import UsageError
 
 if TYPE_CHECKING:
     from lilliput.training import Recipe, RunResult
 
-FORMATS = ("nf4", "fp4", "none")
 
 Data = Annotated[Path, typer.Option("--data", metavar="FILE", help="Rows to learn: JSON, JSONL, CSV or Parquet.")]
 

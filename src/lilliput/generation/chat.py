@@ -74,9 +74,15 @@ class ChatSession:
             remember = False  # an answer that failed was never given
             raise
         finally:
-            answer = "".join(pieces)
+            answer = self._without_thoughts("".join(pieces))
             if remember and answer.strip():  # a turn without words is no turn: the question may be asked again
                 self.turns = (*kept, Turn("assistant", answer))
+
+    def _without_thoughts(self, answer: str) -> str:
+        """What was said after `</think>`, where the chat template knows thoughts: it drops those of earlier turns."""
+        if "</think>" not in str(self.tokenizer.chat_template):
+            return answer
+        return answer.rpartition("</think>")[2].partition("<think>")[0]  # a thought that was cut short says nothing
 
     def _fit(self, turns: tuple[Turn, ...]) -> tuple[list[int], tuple[Turn, ...]]:
         """The prompt's tokens and the turns they hold: without the oldest where all leave no room for an answer."""

@@ -11,8 +11,8 @@ from lilliput.errors import CheckpointError, LilliputError, nearest
 from lilliput.models.catalogue import CATALOGUE, pull
 from lilliput.progress import say
 
-# what a load needs of a repository: no pickles, no code
-_ALLOWED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.spm")
+# what a load needs of a repository beside its weights: no pickles, no code
+_SMALL = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.spm")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -98,15 +98,19 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    from lilliput.models.stream import weight_files
+
     try:
-        cached = Path(snapshot_download(name, allow_patterns=list(_ALLOWED), local_files_only=True))
+        cached = Path(snapshot_download(name, local_files_only=True))
         if _complete(cached):
             return cached
     except LocalEntryNotFoundError:
         pass  # not here yet
     say(f"Fetching {name} from the Hugging Face hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_ALLOWED)))
+        small = Path(snapshot_download(name, allow_patterns=list(_SMALL)))
+        # Many repositories hold the same weights again, under other names or in folders: the index decides.
+        return Path(snapshot_download(name, allow_patterns=[*_SMALL, *weight_files(small)]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LilliputError(

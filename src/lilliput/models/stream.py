@@ -79,6 +79,13 @@ def read_bytes(path: Path, start: int, nbytes: int) -> Tensor:
     return room
 
 
+def weight_files(directory: Path) -> list[str]:
+    """The names of the safetensors files that a model directory should have: its index's shards, or the single file."""
+    if (index := directory / INDEX).is_file():
+        return list(dict.fromkeys(_weight_map(index).values()))
+    return [WEIGHTS]
+
+
 def directory_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory: the single file, or the shards that its index names.
 

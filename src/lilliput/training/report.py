@@ -168,6 +168,7 @@ class RunResult:
         steps: optimizer steps done in all; best_step: the one whose weights the adapter has.
         train_loss: mean over the last tenth of the steps. eval_loss: of the adapter; eval_loss_before: of the base.
         tokens: trained on, padding aside; labels: of an epoch; seconds: spent in training steps.
+        skipped_rows: broken, left out; overlong_rows: longer than `data.max_length`, dropped or truncated.
         footprint_bytes: memory of the base. trainable: weights that were trained.
         total_seconds: of this call, with loading, checks and evaluation.
         prefix: what became of the frozen layers below the adapter; None where there are none.
@@ -183,6 +184,8 @@ class RunResult:
     eval_loss_before: float | None
     examples: int
     eval_examples: int
+    skipped_rows: int
+    overlong_rows: int
     labels: int
     tokens: int
     seconds: float

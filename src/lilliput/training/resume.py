@@ -60,7 +60,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, in order."""
-        return sorted(int(entry.name.removeprefix("step-")) for entry in self.folder.glob("step-*"))
+        numbers = (entry.name.removeprefix("step-") for entry in self.folder.glob("step-*"))
+        return sorted(
+            int(number) for number in numbers if number.isdecimal()
+        )  # a copy like step-000050-old is not ours
 
     def at(self, step: int) -> Path:
         """The folder of the checkpoint at a step."""

@@ -353,6 +353,8 @@ def _result(model: PreTrainedModel, data: _Data, out: Path, best_step: int, seco
         eval_loss_before=evals.get(0),
         examples=len(data.train),
         eval_examples=len(data.held_out),
+        skipped_rows=len(data.whole.skipped),
+        overlong_rows=len(data.whole.overlong),
         labels=sum(example.labels for example in data.train),
         tokens=tokens,
         seconds=spent,
