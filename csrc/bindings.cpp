@@ -85,28 +85,44 @@ void py_dequantize_4bit(const Flat<const uint8_t>& codes, const Flat<const float
   dequantize_4bit(w, to, threads);
 }
 
+// left [rows, rank] and right, [columns, rank] or, `upright`, [rank, columns].
+LowRank low_rank(const Maybe<const float>& left, const Maybe<const float>& right, int64_t rows, int64_t columns,
+                 bool upright) {
+  if (!left) return {};
+  need(right && left->ndim() == 2 && right->ndim() == 2, "update: two matrices");
+  const auto rank = static_cast<int64_t>(left->shape(1));
+  need(static_cast<int64_t>(left->shape(0)) == rows, "update: wrong number of rows");
+  need(static_cast<int64_t>(right->shape(upright ? 0 : 1)) == rank && size(*right) == rank * columns,
+       "update: wrong size");
+  return {left->data(), right->data(), rank, upright ? columns : 1, upright ? 1 : rank};
+}
+
 void py_linear_4bit(const Flat<const float>& x, const Flat<const uint8_t>& codes, const Flat<const float>& codebook,
                     int64_t block, const Any& absmax, const Maybe<const float>& book, const Maybe<const float>& scale,
-                    const Maybe<const float>& offset, const Maybe<const float>& bias, Flat<float> y, int threads) {
+                    const Maybe<const float>& offset, const Maybe<const float>& bias, const Maybe<const float>& left,
+                    const Maybe<const float>& right, Flat<float> y, int threads) {
   need(x.ndim() == 2 && y.ndim() == 2 && x.shape(0) == y.shape(0), "x and y must be matrices of as many rows");
   const auto rows = static_cast<int64_t>(x.shape(0)), k = static_cast<int64_t>(x.shape(1));
   const auto n = static_cast<int64_t>(y.shape(1));
   const Blocks4 w = blocks(codes, codebook, n * k, block, absmax, book, scale, offset);
   need(!bias || size(*bias) == n, "bias: wrong size");
+  const LowRank update = low_rank(left, right, rows, n, false);
   nb::gil_scoped_release released;
-  linear_4bit(w, x.data(), rows, k, n, bias ? bias->data() : nullptr, y.data(), threads);
+  linear_4bit(w, x.data(), rows, k, n, bias ? bias->data() : nullptr, update, y.data(), threads);
 }
 
 void py_linear_4bit_backward(const Flat<const float>& gy, const Flat<const uint8_t>& codes,
                              const Flat<const float>& codebook, int64_t block, const Any& absmax,
                              const Maybe<const float>& book, const Maybe<const float>& scale,
-                             const Maybe<const float>& offset, Flat<float> gx, int threads) {
+                             const Maybe<const float>& offset, const Maybe<const float>& left,
+                             const Maybe<const float>& right, Flat<float> gx, int threads) {
   need(gy.ndim() == 2 && gx.ndim() == 2 && gy.shape(0) == gx.shape(0), "gy and gx must be matrices of as many rows");
   const auto rows = static_cast<int64_t>(gy.shape(0)), n = static_cast<int64_t>(gy.shape(1));
   const auto k = static_cast<int64_t>(gx.shape(1));
   const Blocks4 w = blocks(codes, codebook, n * k, block, absmax, book, scale, offset);
+  const LowRank update = low_rank(left, right, rows, k, true);
   nb::gil_scoped_release released;
-  linear_4bit_backward(w, gy.data(), rows, k, n, gx.data(), threads);
+  linear_4bit_backward(w, gy.data(), rows, k, n, update, gx.data(), threads);
 }
 
 }  // namespace
@@ -119,7 +135,7 @@ NB_MODULE(_core, m) {
   m.def("dequantize_4bit", &py_dequantize_4bit, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
         nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("linear_4bit", &py_linear_4bit, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
-        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("linear_4bit_backward", &py_linear_4bit_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
 }

@@ -56,11 +56,18 @@ const Kernels& kernels_of(Isa isa);
 int64_t quantize_4bit(Reals x, int64_t numel, int64_t block, const float* codebook, uint8_t* codes, float* absmax,
                       int threads);
 void dequantize_4bit(const Blocks4& w, Reals out, int threads);
-// y [rows, n] = x [rows, k] W^T + bias, W [n, k]; bias may be null.
-void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias, float* y,
-                 int threads);
-// gx [rows, k] = gy [rows, n] W.
-void linear_4bit_backward(const Blocks4& w, const float* gy, int64_t rows, int64_t k, int64_t n, float* gx,
-                          int threads);
+// A product of two thin matrices that is added to another: left [rows, rank] times right, whose number at depth d and
+// column c lies at right[d * depth_step + c * column_step]. Rank 0: nothing.
+struct LowRank {
+  const float* left = nullptr;
+  const float* right = nullptr;
+  int64_t rank = 0, depth_step = 0, column_step = 0;
+};
+// y [rows, n] = x [rows, k] W^T + bias + update, W [n, k]; bias may be null.
+void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias,
+                 const LowRank& update, float* y, int threads);
+// gx [rows, k] = gy [rows, n] W + update.
+void linear_4bit_backward(const Blocks4& w, const float* gy, int64_t rows, int64_t k, int64_t n, const LowRank& update,
+                          float* gx, int threads);
 
 }  // namespace lilliput

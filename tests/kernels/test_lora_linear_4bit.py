@@ -154,23 +154,28 @@ def test_opcheck(backend: str, double_quant: bool) -> None:
     packed = (q.codes, q.absmax, q.absmax_scale, q.absmax_offset)
     x, bias = torch.randn(2, 3, 33, requires_grad=True), torch.randn(10, requires_grad=True)
     torch.library.opcheck(torch.ops.lilliput.lora_linear_4bit.default, (x, *packed, bias, a, b, S, "nf4"))
+    grad, low = torch.randn(2, 3, 10), torch.randn(6, 3)
+    torch.library.opcheck(torch.ops.lilliput.lora_linear_4bit_backward.default, (grad, *packed, low, a.detach(), "nf4"))
 
 
-def kept_by(x: Tensor, q: QuantizedTensor, a: Tensor, b: Tensor) -> set[int]:
-    """Addresses of the tensors that backward keeps."""
+def kept_by(x: Tensor, q: QuantizedTensor, a: Tensor, b: Tensor) -> dict[int, Tensor]:
+    """The tensors that backward keeps, by address."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         lora_linear_4bit(x, q, a, b, S)
-    return {t.data_ptr() for t in kept}
+    return {t.data_ptr(): t for t in kept}
 
 
-def test_backward_keeps_what_was_given_and_nothing_new(backend: str) -> None:
+def test_backward_keeps_what_was_given_and_r_numbers_a_row(backend: str) -> None:
     q, a, b = make(64, 128, 4)
     x = torch.randn(20, 128, requires_grad=True)
-    packed = {t.data_ptr() for t in (q.codes, q.absmax, q.absmax_scale, q.absmax_offset) if t is not None}
-    assert kept_by(x, q, a, b) == packed | {x.data_ptr(), a.data_ptr(), b.data_ptr()}
+    given = [t for t in (x, a, b, q.codes, q.absmax, q.absmax_scale, q.absmax_offset) if t is not None]
+    kept = kept_by(x, q, a, b)
+    [low] = [t for address, t in kept.items() if address not in {t.data_ptr() for t in given}]
+    assert len(kept) == len(given) + 1
+    torch.testing.assert_close(low, S * x.detach() @ a.detach().T)
     frozen = kept_by(x, q, a.detach(), b.detach())
-    assert x.data_ptr() not in frozen
+    assert frozen.keys() == {t.data_ptr() for t in given[1:]}
 
 
 def test_only_what_asks_gets_a_gradient(backend: str) -> None:

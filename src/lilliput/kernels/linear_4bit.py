@@ -73,7 +73,7 @@ def reference(
         return torch.nn.functional.linear(x.to(weight.dtype), weight, added).to(x.dtype)
 
 
-def _linear_backward(
+def backward_reference(
     grad: Tensor,
     codes: Tensor,
     absmax: Tensor,
@@ -147,16 +147,19 @@ def by_core(
     bias: Tensor | None,
     format: str,
     out_features: int,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> Tensor:
+    """`left` float32 [rows, r] and `right` float32 [out, r], both or neither: left right^T is added to the product."""
     rows = float_rows(x)
     y = rows.new_empty((rows.shape[0], out_features))
     added = None if bias is None else bias.detach().float().contiguous()
     packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
-    core.linear_4bit(rows, *packed, added, y, torch.get_num_threads())
+    core.linear_4bit(rows, *packed, added, left, right, y, torch.get_num_threads())
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
-def _linear_backward_core(
+def backward_by_core(
     core: ModuleType,
     grad: Tensor,
     codes: Tensor,
@@ -165,11 +168,14 @@ def _linear_backward_core(
     absmax_offset: Tensor | None,
     format: str,
     in_features: int,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> Tensor:
+    """`left` float32 [rows, r] and `right` float32 [r, in], both or neither: left right is added to the gradient."""
     rows = float_rows(grad)
     gx = rows.new_empty((rows.shape[0], in_features))
     packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
-    core.linear_4bit_backward(rows, *packed, gx, torch.get_num_threads())
+    core.linear_4bit_backward(rows, *packed, left, right, gx, torch.get_num_threads())
     return gx.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 
@@ -195,11 +201,11 @@ LINEAR = dispatch.define(
 )
 BACKWARD = dispatch.define(
     f"linear_4bit_backward(Tensor grad, {PACKED}, str format, SymInt in_features) -> Tensor",
-    _linear_backward,
+    backward_reference,
     _linear_backward_fake,
 )
 dispatch.register_core(LINEAR, reference, by_core, core_knows)
-dispatch.register_core(BACKWARD, _linear_backward, _linear_backward_core, core_knows)
+dispatch.register_core(BACKWARD, backward_reference, backward_by_core, core_knows)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

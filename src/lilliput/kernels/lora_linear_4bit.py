@@ -4,8 +4,9 @@ Source: QLoRA, arXiv 2305.14314, equation 5, with LoRA's s (arXiv 2106.09685, se
 
     to x = g W + s (g B) A          to A = s (g B)^T x          to B = s g^T (x A^T)
 
-The update is added to the base's product where it lies, in forward and in the gradient to x: neither has a second
-tensor of its size. Backward keeps x once, A, B and the packed weight; x A^T, r numbers a row, is computed again.
+The update is some more depth of the base's product: A and B stand beside W in its tiles, in forward and in the
+gradient to x, so that neither passes over its result twice. Backward keeps x once, s x A^T (r numbers a row), A, B and
+the packed weight.
 Not here: dropout before A and several adapters at once (lora/layer.py composes those), the base's product alone
 (linear_4bit.py).
 """
@@ -21,8 +22,18 @@ from torch import Tensor
 from lilliput.errors import FormatError
 from lilliput.formats import QuantizedTensor
 from lilliput.kernels import dispatch
-from lilliput.kernels.linear_4bit import PACKED, by_core, check, compute_type, core_knows, float_rows, matrix
-from lilliput.kernels.linear_4bit import reference as base_reference
+from lilliput.kernels.linear_4bit import (
+    PACKED,
+    backward_by_core,
+    backward_reference,
+    by_core,
+    check,
+    compute_type,
+    core_knows,
+    float_rows,
+    matrix,
+    reference,
+)
 
 
 def lora_linear_4bit(
@@ -51,10 +62,10 @@ def lora_linear_4bit(
         )
     return torch.ops.lilliput.lora_linear_4bit(
         x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, a, b, scaling, q.format.name
-    )
+    )[0]
 
 
-# ---- the reference ----
+# ---- the references ----
 
 
 def _lora_linear(
@@ -68,11 +79,13 @@ def _lora_linear(
     b: Tensor,
     scaling: float,
     format: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """y, and s x A^T as [rows, r] in the type that is computed in."""
     with torch.autocast(x.device.type, enabled=False):
         wide, a, b = (t.to(compute_type(x)) for t in (x, a, b))
-        y = base_reference(wide, codes, absmax, absmax_scale, absmax_offset, bias, format, b.shape[0])
-        return (y + scaling * (wide @ a.T @ b.T)).to(x.dtype)
+        low = matrix(wide) @ a.T * scaling
+        y = reference(wide, codes, absmax, absmax_scale, absmax_offset, bias, format, b.shape[0])
+        return (y + (low @ b.T).view(y.shape)).to(x.dtype), low
 
 
 def _lora_linear_fake(
@@ -86,11 +99,41 @@ def _lora_linear_fake(
     b: Tensor,
     scaling: float,
     format: str,
+) -> tuple[Tensor, Tensor]:
+    low = x.new_empty((x.shape[:-1].numel(), a.shape[0]), dtype=compute_type(x))
+    return x.new_empty((*x.shape[:-1], b.shape[0])), low
+
+
+def _to_x(
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    low: Tensor,
+    a: Tensor,
+    format: str,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], b.shape[0]))
+    """grad W + low A, with low = s grad B as [rows, r]."""
+    with torch.autocast(grad.device.type, enabled=False):
+        base = backward_reference(grad, codes, absmax, absmax_scale, absmax_offset, format, a.shape[1])
+        return base + (low.to(base.dtype) @ a.to(base.dtype)).view(base.shape)
 
 
-# ---- the compiled core's product, and torch's thin ones into the same memory ----
+def _to_x_fake(
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    low: Tensor,
+    a: Tensor,
+    format: str,
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], a.shape[1]))
+
+
+# ---- the compiled core ----
 
 
 def _lora_linear_core(
@@ -105,20 +148,40 @@ def _lora_linear_core(
     b: Tensor,
     scaling: float,
     format: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        rows, a, b = float_rows(x), a.detach().float(), b.detach().float()
-        y = by_core(core, rows, codes, absmax, absmax_scale, absmax_offset, bias, format, b.shape[0])
-        y.addmm_(rows @ a.T, b.T, alpha=scaling)
-        return y.to(x.dtype).view(*x.shape[:-1], b.shape[0])
+        rows, right = float_rows(x), float_rows(b)
+        low = (rows @ a.detach().float().T).mul_(scaling)
+        y = by_core(core, rows, codes, absmax, absmax_scale, absmax_offset, bias, format, b.shape[0], low, right)
+        return y.to(x.dtype).view(*x.shape[:-1], b.shape[0]), low
+
+
+def _to_x_core(
+    core: ModuleType,
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    low: Tensor,
+    a: Tensor,
+    format: str,
+) -> Tensor:
+    left, right = float_rows(low), float_rows(a)
+    return backward_by_core(core, grad, codes, absmax, absmax_scale, absmax_offset, format, a.shape[1], left, right)
 
 
 LORA_LINEAR = dispatch.define(
-    f"lora_linear_4bit(Tensor x, {PACKED}, Tensor? bias, Tensor a, Tensor b, float scaling, str format) -> Tensor",
+    f"lora_linear_4bit(Tensor x, {PACKED}, Tensor? bias, Tensor a, Tensor b, float scaling, str format)"
+    " -> (Tensor, Tensor)",
     _lora_linear,
     _lora_linear_fake,
 )
+TO_X = dispatch.define(
+    f"lora_linear_4bit_backward(Tensor grad, {PACKED}, Tensor low, Tensor a, str format) -> Tensor", _to_x, _to_x_fake
+)
 dispatch.register_core(LORA_LINEAR, _lora_linear, _lora_linear_core, core_knows)
+dispatch.register_core(TO_X, _to_x, _to_x_core, core_knows)
 
 
 # ---- backward ----
@@ -126,30 +189,29 @@ dispatch.register_core(LORA_LINEAR, _lora_linear, _lora_linear_core, core_knows)
 _X, _BIAS, _A, _B = 0, 5, 6, 7  # places among the arguments
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, codes, absmax, absmax_scale, absmax_offset, bias, a, b, ctx.scaling, ctx.format = inputs
-    trained = ctx.needs_input_grad[_A] or ctx.needs_input_grad[_B]
-    ctx.save_for_backward(x if trained else None, a, b, codes, absmax, absmax_scale, absmax_offset)
-    ctx.in_features, ctx.dtype = x.shape[-1], x.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    wants = ctx.needs_input_grad
+    kept = (x if wants[_A] else None, output[1] if wants[_B] else None)
+    ctx.save_for_backward(*kept, a, b, codes, absmax, absmax_scale, absmax_offset)
+    ctx.mark_non_differentiable(output[1])
+    ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     with torch.autocast(grad.device.type, enabled=False):
-        x, kept_a, kept_b, *packed = ctx.saved_tensors
+        x, low_forward, kept_a, kept_b, *packed = ctx.saved_tensors
         wide = grad.to(compute_type(grad))
         g, a, b = matrix(wide), kept_a.to(wide.dtype), kept_b.to(wide.dtype)
         low = g @ b * ctx.scaling
         wants = ctx.needs_input_grad
         to: list[Tensor | None] = [None] * len(wants)
         if wants[_X]:
-            to_x = torch.ops.lilliput.linear_4bit_backward(wide, *packed, ctx.format, ctx.in_features)
-            matrix(to_x).addmm_(low, a)
-            to[_X] = to_x.to(ctx.dtype)
+            to[_X] = torch.ops.lilliput.lora_linear_4bit_backward(wide, *packed, low, a, ctx.format).to(ctx.dtype)
         if wants[_A]:
             to[_A] = (low.T @ matrix(x).to(wide.dtype)).to(kept_a.dtype)
         if wants[_B]:
-            to[_B] = (g.T @ (matrix(x).to(wide.dtype) @ a.T * ctx.scaling)).to(kept_b.dtype)
+            to[_B] = (g.T @ low_forward.to(wide.dtype)).to(kept_b.dtype)
         if wants[_BIAS]:
             to[_BIAS] = g.sum(dim=0).to(ctx.bias_dtype)
     return tuple(to)
