@@ -125,6 +125,49 @@ void py_linear_4bit_backward(const Flat<const float>& gy, const Flat<const uint8
   linear_4bit_backward(w, gy.data(), rows, k, n, update, gx.data(), threads);
 }
 
+void py_swiglu(const Any& gate, const Any& up, const Any& out, int threads) {
+  const int64_t numel = size(gate);
+  need(size(up) == numel && size(out) == numel, "gate, up and out must be of one size");
+  const Reals g = reals(gate), u = reals(up), to = reals(out);
+  nb::gil_scoped_release released;
+  swiglu(g, u, numel, to, threads);
+}
+
+void py_swiglu_backward(const Any& grad, const Any& gate, const Any& up, const Any& to_gate, const Any& to_up,
+                        int threads) {
+  const int64_t numel = size(grad);
+  need(size(gate) == numel && size(up) == numel, "grad, gate and up must be of one size");
+  need(size(to_gate) == numel && size(to_up) == numel, "grad, to_gate and to_up must be of one size");
+  const Reals y = reals(grad), g = reals(gate), u = reals(up), of_gate = reals(to_gate), of_up = reals(to_up);
+  nb::gil_scoped_release released;
+  swiglu_backward(y, g, u, numel, of_gate, of_up, threads);
+}
+
+// Of [..., columns].
+int64_t rows_of(const Any& x, int64_t columns) {
+  need(x.ndim() >= 1 && static_cast<int64_t>(x.shape(x.ndim() - 1)) == columns, "x and weight must be of one width");
+  return columns == 0 ? 0 : size(x) / columns;
+}
+
+void py_rms_norm(const Any& x, const Flat<const float>& weight, double eps, const Any& y, int threads) {
+  const int64_t columns = size(weight), rows = rows_of(x, columns);
+  need(size(y) == size(x), "x and y must be of one size");
+  const Reals from = reals(x), to = reals(y);
+  nb::gil_scoped_release released;
+  rms_norm(from, weight.data(), static_cast<float>(eps), rows, columns, to, threads);
+}
+
+void py_rms_norm_backward(const Any& grad, const Any& x, const Flat<const float>& weight, double eps, const Any& to_x,
+                          Maybe<float> to_weight, int threads) {
+  const int64_t columns = size(weight), rows = rows_of(x, columns);
+  need(size(grad) == size(x) && size(to_x) == size(x), "grad, x and to_x must be of one size");
+  need(!to_weight || size(*to_weight) == columns, "to_weight: wrong size");
+  const Reals y = reals(grad), from = reals(x), to = reals(to_x);
+  nb::gil_scoped_release released;
+  rms_norm_backward(y, from, weight.data(), static_cast<float>(eps), rows, columns, to,
+                    to_weight ? to_weight->data() : nullptr, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -138,4 +181,9 @@ NB_MODULE(_core, m) {
         nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("linear_4bit_backward", &py_linear_4bit_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+  m.def("swiglu", &py_swiglu);
+  m.def("swiglu_backward", &py_swiglu_backward);
+  m.def("rms_norm", &py_rms_norm);
+  m.def("rms_norm_backward", &py_rms_norm_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg().none(), nb::arg());
 }

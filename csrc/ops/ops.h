@@ -40,6 +40,17 @@ struct Kernels {
   void (*multiply)(const float* left, const float* right, int64_t rows, int64_t columns, int64_t depth, bool add,
                    const float* start, float* c, int64_t c_stride);
   Tile tile;
+
+  // swiglu.simd.cpp. Numbers first..last-1, each tensor of its own kind.
+  void (*swiglu)(Reals gate, Reals up, int64_t first, int64_t last, Reals out);
+  void (*swiglu_backward)(Reals grad, Reals gate, Reals up, int64_t first, int64_t last, Reals to_gate, Reals to_up);
+  void (*exp)(const float* x, int64_t count, float* out);  // simd.h's exp, for its test
+
+  // rms_norm.simd.cpp. Rows first..last-1 of [rows, columns], columns > 0.
+  void (*rms_norm)(Reals x, const float* weight, float eps, int64_t columns, int64_t first, int64_t last, Reals y);
+  // Adds these rows' part to to_weight [columns], unless it is null.
+  void (*rms_norm_backward)(Reals grad, Reals x, const float* weight, float eps, int64_t columns, int64_t first,
+                            int64_t last, Reals to_x, float* to_weight);
 };
 
 constexpr int few_rows_limit = 8;
@@ -69,5 +80,14 @@ void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int6
 // gx [rows, k] = gy [rows, n] W + update.
 void linear_4bit_backward(const Blocks4& w, const float* gy, int64_t rows, int64_t k, int64_t n, const LowRank& update,
                           float* gx, int threads);
+// out = silu(gate) * up; computed in float32, each number rounded once to its tensor's kind.
+void swiglu(Reals gate, Reals up, int64_t numel, Reals out, int threads);
+void swiglu_backward(Reals grad, Reals gate, Reals up, int64_t numel, Reals to_gate, Reals to_up, int threads);
+// y [rows, columns] = weight * (x / sqrt(mean of a row's squares + eps)), weight [columns]; the normed x is rounded to
+// x's kind before it is multiplied.
+void rms_norm(Reals x, const float* weight, float eps, int64_t rows, int64_t columns, Reals y, int threads);
+// to_weight [columns] may be null.
+void rms_norm_backward(Reals grad, Reals x, const float* weight, float eps, int64_t rows, int64_t columns, Reals to_x,
+                       float* to_weight, int threads);
 
 }  // namespace lilliput

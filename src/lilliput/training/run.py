@@ -24,6 +24,7 @@ from lilliput.lora import LoraConfig, Passport, add_adapter, make_passport, save
 from lilliput.models import load_model, load_tokenizer
 from lilliput.progress import bar, say, warn
 from lilliput.training.checks import CheckResult, require, run_checks
+from lilliput.training.fused import fused
 from lilliput.training.prefix import plan
 from lilliput.training.recipe import Recipe, TrainSection
 from lilliput.training.report import Journal, RunResult, plot, read_journal, write_report, write_versions
@@ -98,6 +99,7 @@ def tune(
             warn(f"this run goes on with other versions, so not bit for bit: {'; '.join(other)}")
         rows = _read(data, eval_data, tokenizer, recipe, out, progress)
         base = load_base(model, recipe, progress=progress)
+        held.enter_context(fused(base))
         passport = make_passport(base, tokenizer, rows.whole.sha256)
         _same_base(out, passport)
         _within_positions(base, [*rows.train, *rows.held_out])
@@ -124,7 +126,8 @@ def check_data(model: str, data: str | Path, recipe: Recipe, *, progress: bool =
         )  # fmt: skip
         base = load_base(model, recipe, progress=progress)
         _within_positions(base, rows.examples)
-        return run_checks(base, tokenizer, rows, show=progress, progress=progress)
+        with fused(base):
+            return run_checks(base, tokenizer, rows, show=progress, progress=progress)
 
 
 def load_base(model: str, recipe: Recipe, *, progress: bool = True) -> PreTrainedModel:
