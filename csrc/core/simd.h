@@ -342,7 +342,7 @@ LILLIPUT_INLINE void store_first(float* p, F a, int64_t count) {
   memcpy(p, lanes, (size_t)count * sizeof(float));
 }
 
-// e^x within ULPS ulp of the true value (every float was compared with double's exp), subnormal results included;
+// e^x within 1.01 ulp (every float in -128..128 beside double's exp), subnormal results too;
 // 0 for -Inf, Inf from 88.7228394 on, NaN for NaN.
 // x = n ln 2 + r with whole n, |r| <= 0.3475; e^x = 2^n (1 + r + r^2 q(r)). q is the polynomial of degree 4 with the
 // least relative error of e^r (2^-28), fitted by reweighted least squares.
