@@ -168,6 +168,17 @@ void py_rms_norm_backward(const Any& grad, const Any& x, const Flat<const float>
                     to_weight ? to_weight->data() : nullptr, threads);
 }
 
+void py_cross_entropy(Flat<float> z, const Flat<const int64_t>& labels, bool gradient, Flat<float> losses,
+                      int threads) {
+  need(z.ndim() == 2 && z.shape(1) > 0, "z must be a matrix with columns");
+  const auto rows = static_cast<int64_t>(z.shape(0)), columns = static_cast<int64_t>(z.shape(1));
+  need(size(labels) == rows && size(losses) == rows, "labels or losses: wrong size");
+  for (int64_t row = 0; row < rows; ++row)
+    need(labels.data()[row] >= 0 && labels.data()[row] < columns, "labels: out of range");
+  nb::gil_scoped_release released;
+  cross_entropy(z.data(), rows, columns, labels.data(), gradient, losses.data(), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -184,6 +195,7 @@ NB_MODULE(_core, m) {
   m.def("swiglu", &py_swiglu);
   m.def("swiglu_backward", &py_swiglu_backward);
   m.def("rms_norm", &py_rms_norm);
+  m.def("cross_entropy", &py_cross_entropy);
   m.def("rms_norm_backward", &py_rms_norm_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg().none(), nb::arg());
 }

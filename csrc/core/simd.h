@@ -76,6 +76,9 @@ LILLIPUT_INLINE F at_least(F a, float least) {  // NaN stays NaN, here and below
 LILLIPUT_INLINE F at_most(F a, float most) {
   return _mm512_min_ps(set1(most), a);
 }
+LILLIPUT_INLINE F greater(F a, F b) {  // NaN in a gives b
+  return _mm512_max_ps(a, b);
+}
 LILLIPUT_INLINE F minus_abs(F a) {
   return _mm512_or_ps(a, set1(-0.0f));
 }
@@ -176,6 +179,9 @@ LILLIPUT_INLINE F at_least(F a, float least) {
 }
 LILLIPUT_INLINE F at_most(F a, float most) {
   return _mm256_min_ps(set1(most), a);
+}
+LILLIPUT_INLINE F greater(F a, F b) {
+  return _mm256_max_ps(a, b);
 }
 LILLIPUT_INLINE F minus_abs(F a) {
   return _mm256_or_ps(a, set1(-0.0f));
@@ -285,6 +291,9 @@ LILLIPUT_INLINE F at_least(F a, float least) {
 LILLIPUT_INLINE F at_most(F a, float most) {
   return where(a > set1(most), set1(most), a);
 }
+LILLIPUT_INLINE F greater(F a, F b) {
+  return where(a > b, a, b);
+}
 LILLIPUT_INLINE F minus_abs(F a) {
   return (F)((I)a | (I)set1(-0.0f));
 }
@@ -327,6 +336,14 @@ LILLIPUT_INLINE float sum(F a) {
   store(lanes, a);
   for (int half = kWidth / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+LILLIPUT_INLINE float greatest(F a) {
+  float lanes[kWidth];
+  store(lanes, a);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   return lanes[0];
 }
 

@@ -51,6 +51,10 @@ struct Kernels {
   // Adds these rows' part to to_weight [columns], unless it is null.
   void (*rms_norm_backward)(Reals grad, Reals x, const float* weight, float eps, int64_t columns, int64_t first,
                             int64_t last, Reals to_x, float* to_weight);
+
+  // cross_entropy.simd.cpp. Rows first..last-1 of [rows, columns], labels in 0..columns-1.
+  void (*cross_entropy)(float* z, int64_t columns, const int64_t* labels, int64_t first, int64_t last, bool gradient,
+                        float* losses);
 };
 
 constexpr int few_rows_limit = 8;
@@ -89,5 +93,9 @@ void rms_norm(Reals x, const float* weight, float eps, int64_t rows, int64_t col
 // to_weight [columns] may be null.
 void rms_norm_backward(Reals grad, Reals x, const float* weight, float eps, int64_t rows, int64_t columns, Reals to_x,
                        float* to_weight, int threads);
+// losses[row] = logsumexp(z[row]) - z[row, labels[row]] for logits z [rows, columns], columns > 0. z is overwritten, by
+// softmax(z) - onehot(labels) where the gradient is wanted.
+void cross_entropy(float* z, int64_t rows, int64_t columns, const int64_t* labels, bool gradient, float* losses,
+                   int threads);
 
 }  // namespace lilliput
