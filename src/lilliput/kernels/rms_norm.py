@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lilliput.errors import FormatError
 from lilliput.formats.blockwise import FLOATS
-from lilliput.kernels import dispatch
+from lilliput.kernels import core, dispatch
 from lilliput.kernels.linear_4bit import compute_type, matrix
 
 
@@ -90,24 +90,22 @@ def _rms_norm_backward_fake(
 # ---- the compiled core ----
 
 
-def _rms_norm_core(core: ModuleType, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = _rms_norm_fake(x, weight, eps)
-    core.rms_norm(x.detach().contiguous(), _floats(weight), eps, y, torch.get_num_threads())
+def _rms_norm_core(module: ModuleType, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    given, scale, out = core.arrays(x, weight.detach().float(), y)
+    module.rms_norm(given, scale, eps, out, torch.get_num_threads())
     return y
 
 
 def _rms_norm_backward_core(
-    core: ModuleType, grad: Tensor, x: Tensor, weight: Tensor, eps: float, wants_weight: bool
+    module: ModuleType, grad: Tensor, x: Tensor, weight: Tensor, eps: float, wants_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    to_x = x.new_empty(x.shape)
-    to_weight = torch.empty(weight.shape, dtype=torch.float32) if wants_weight else None
-    given = (grad.detach().contiguous(), x.detach().contiguous(), _floats(weight))
-    core.rms_norm_backward(*given, eps, to_x, to_weight, torch.get_num_threads())
-    return to_x, weight.new_empty(0) if to_weight is None else to_weight.to(weight.dtype)
-
-
-def _floats(weight: Tensor) -> Tensor:
-    return weight.detach().float().contiguous()
+    to_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    to_weight = torch.empty(weight.shape if wants_weight else 0, dtype=torch.float32)
+    *given, of_x, of_weight = core.arrays(grad, x, weight.detach().float(), to_x, to_weight)
+    module.rms_norm_backward(*given, eps, of_x, of_weight if wants_weight else None, torch.get_num_threads())
+    return to_x, to_weight.to(weight.dtype)
 
 
 def _core_knows(*args: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lilliput.errors import FormatError
 from lilliput.formats.blockwise import FLOATS
-from lilliput.kernels import dispatch
+from lilliput.kernels import core, dispatch
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -79,16 +79,15 @@ def _swiglu_backward_fake(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tenso
 # ---- the compiled core ----
 
 
-def _swiglu_core(core: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
-    out = gate.new_empty(gate.shape)
-    core.swiglu(gate.detach().contiguous(), up.detach().contiguous(), out, torch.get_num_threads())
+def _swiglu_core(module: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    module.swiglu(*core.arrays(gate, up, out), torch.get_num_threads())
     return out
 
 
-def _swiglu_backward_core(core: ModuleType, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    to_gate, to_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    given = [t.detach().contiguous() for t in (grad, gate, up)]
-    core.swiglu_backward(*given, to_gate, to_up, torch.get_num_threads())
+def _swiglu_backward_core(module: ModuleType, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    to_gate, to_up = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
+    module.swiglu_backward(*core.arrays(grad, gate, up, to_gate, to_up), torch.get_num_threads())
     return to_gate, to_up
 
 
