@@ -53,12 +53,12 @@ def module() -> ModuleType | None:
     return loaded
 
 
-def arrays(*tensors: Tensor) -> list[object]:
+def arrays(*tensors: Tensor | None) -> list[object]:
     """Tensors as the core takes them quickest: contiguous (copied only if they are not) and wrapped by DLPack here.
 
     Left to itself the core asks each tensor's `__dlpack__`, a Python function: 3 us a tensor where this takes 0.2.
     """
-    return [to_dlpack(tensor.detach().contiguous()) for tensor in tensors]
+    return [None if tensor is None else to_dlpack(tensor.detach().contiguous()) for tensor in tensors]
 
 
 @cache

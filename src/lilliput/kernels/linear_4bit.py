@@ -18,6 +18,7 @@ from lilliput.formats import blockwise as formats
 from lilliput.formats.format import get_format
 from lilliput.kernels import dispatch
 from lilliput.kernels.blockwise import core_arguments
+from lilliput.kernels.core import arrays
 
 
 def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
@@ -155,7 +156,8 @@ def by_core(
     y = rows.new_empty((rows.shape[0], out_features))
     added = None if bias is None else bias.detach().float().contiguous()
     packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
-    core.linear_4bit(rows, *packed, added, left, right, y, torch.get_num_threads())
+    x_, added_, left_, right_, y_ = arrays(rows, added, left, right, y)
+    core.linear_4bit(x_, *packed, added_, left_, right_, y_, torch.get_num_threads())
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
@@ -175,7 +177,8 @@ def backward_by_core(
     rows = float_rows(grad)
     gx = rows.new_empty((rows.shape[0], in_features))
     packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
-    core.linear_4bit_backward(rows, *packed, left, right, gx, torch.get_num_threads())
+    grad_, left_, right_, gx_ = arrays(rows, left, right, gx)
+    core.linear_4bit_backward(grad_, *packed, left_, right_, gx_, torch.get_num_threads())
     return gx.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lilliput.errors import FormatError
 from lilliput.kernels import dispatch
+from lilliput.kernels.core import arrays
 
 CHUNK_BYTES = (
     64 << 20
@@ -88,7 +89,8 @@ def _softmax(z: Tensor, labels: Tensor, gradient: bool) -> Tensor:
 
 def _softmax_core(core: ModuleType, z: Tensor, labels: Tensor, gradient: bool) -> Tensor:
     losses = z.new_empty(z.shape[0])
-    core.cross_entropy(z, labels.contiguous(), gradient, losses, torch.get_num_threads())
+    z_, labels_, losses_ = arrays(z, labels, losses)
+    core.cross_entropy(z_, labels_, gradient, losses_, torch.get_num_threads())
     return losses.sum(dtype=torch.float64)
 
 
