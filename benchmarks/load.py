@@ -1,14 +1,15 @@
 """Loading a model while it is quantized: seconds and peak memory, beside transformers and bitsandbytes.
 
-SmolLM2-135M in float32, and a Llama-shaped checkpoint of random weights in bfloat16 shards (1.1 B parameters unless told
-otherwise), both in a temporary directory; each load in a process of its own. Seconds do not count the imports, the peak
-does. The bar for ours: a peak of at most 1.3 x the quantized footprint + 700 MB, what Python and its libraries take
-included; the exit status is 1 when `load_model` is above it.
+SmolLM2-135M in float32, and a Llama-shaped checkpoint of random weights in bfloat16 shards (1.1 B parameters unless
+told otherwise), both in a temporary directory; each load in a process of its own. `ready` is the load and one forward
+of one token, which reads what was only mapped into memory and repacks what is repacked late. Seconds do not count the
+imports, the peak does.
+
+The bar for ours: loading peaks at no more than 1.3 x the quantized footprint + 700 MB, what Python and its libraries
+take included; the exit status is 1 when `load_model` is above it. transformers' `from_pretrained` maps the shards into
+memory, so that its peaks count their pages too; the system takes those back when it needs them. `load_model` reads.
 
     python benchmarks/load.py [--checkpoints smollm2 random] [--layers 22] [--ways lilliput ...] [--keep DIR]
-
-transformers' `from_pretrained` maps the shards into memory, so that its peaks count their pages too; the system takes
-those back when it needs them. `load_model` reads the files instead.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lilliput
 from common import Report, Row, Side, compare, in_process, main, memory, not_installed
@@ -48,13 +49,16 @@ def child(way: str, directory: str) -> dict[str, Any]:
     if way == "lilliput":
         model = load_model(directory, format="nf4", progress=False)
     elif way == "lilliput-hf":
-        config = lilliput.NF4Config()
-        model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=torch.float32)
+        model = load_dense(directory, quantization_config=lilliput.NF4Config())
     else:
         model = load_bitsandbytes(directory) if way == "bitsandbytes" else load_dense(directory)
-    seconds = time.perf_counter() - started
-    sizes = {"peak MB": memory()[0], "footprint MB": float(model.get_memory_footprint()), "imports MB": imported}
-    return {"seconds": seconds, **{name: size / MB for name, size in sizes.items()}}
+    loaded, peak = time.perf_counter() - started, memory()[0]
+    footprint = float(model.get_memory_footprint())
+    with torch.no_grad():
+        model.eval()(input_ids=torch.tensor([[1]]))
+    seconds = {"ready, s": time.perf_counter() - started, "load, s": loaded}
+    sizes = {"peak MB": memory()[0], "load MB": peak, "footprint MB": footprint, "imports MB": imported}
+    return {**seconds, **{name: size / MB for name, size in sizes.items()}}
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -71,7 +75,8 @@ def run(arguments: argparse.Namespace) -> Report:
                     lambda way=way, directory=directory: in_process(__file__, way=way, directory=str(directory))
                 )
             rows += compare(what, sides, arguments.rounds)
-    better = {"seconds": "less", "peak MB": "less", "footprint MB": "", "imports MB": "", "allowed MB": ""}
+    better = {"ready, s": "less", "peak MB": "less"}
+    better |= dict.fromkeys(("load, s", "load MB", "allowed MB", "footprint MB", "imports MB"), "")
     return Report(rows, better, ours=(WAYS["lilliput"],), failures=above_the_bar(rows))
 
 
@@ -128,7 +133,7 @@ def above_the_bar(rows: list[Row]) -> list[str]:
         bars = [ALLOWED[0] * footprint + ALLOWED[1] / MB for footprint in row.samples["footprint MB"]]
         row.samples["allowed MB"] = bars
         if row.who == WAYS["lilliput"] and any(
-            peak > bar for peak, bar in zip(row.samples["peak MB"], bars, strict=True)
+            load > bar for load, bar in zip(row.samples["load MB"], bars, strict=True)
         ):
             found.append(f"{row.what}: {row.who} peaked above the bar")
     return found

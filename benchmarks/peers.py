@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging
 
 from lilliput.models import load_model, load_tokenizer, save_model
 
@@ -25,9 +26,10 @@ def dense_checkpoint(directory: str | Path, model: str = MODEL) -> str:
     return str(directory)
 
 
-def load_dense(checkpoint: str) -> PreTrainedModel:
+def load_dense(checkpoint: str, **options: Any) -> PreTrainedModel:
     """transformers' own, in float32."""
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **options)
 
 
 def load_bitsandbytes(checkpoint: str) -> PreTrainedModel:
@@ -38,7 +40,7 @@ def load_bitsandbytes(checkpoint: str) -> PreTrainedModel:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, quantization_config=config)
+    return load_dense(checkpoint, quantization_config=config)
 
 
 def bitsandbytes_linear(weight: torch.Tensor, *, inference: bool) -> nn.Module:
