@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common import OURS, Report, Row, Side, compare, in_process, main, seconds_of
+from common import OURS, Report, Row, Side, compare, in_process, main
 from lilliput.layers import QuantizedLinear
 
 TOKENS, WIDTH, MIDDLE, HEADS = 256, 576, 1536, 9
@@ -46,14 +48,20 @@ def child(who: str, set_threads: int, core: bool, seconds: float) -> dict[str, f
     return {**times, "mixed / parts": mixed_ms / (torch_ms + product_ms), "threads": torch.get_num_threads()}
 
 
-def chain(steps: list[Step]) -> Step:
-    """All steps, one after the other."""
-
-    def call() -> None:
-        for step in steps:
-            step()
-
-    return call
+def in_slots(chains: list[list[Step]], seconds: float) -> list[float]:
+    """The median seconds of each chain: slots of four calls in turn, the first of which does not count, since the
+    threads of the chain before may still be spinning."""
+    times: list[list[float]] = [[] for _ in chains]
+    stop = time.perf_counter() + seconds * len(chains)
+    while not times[-1] or time.perf_counter() < stop:
+        for number, steps in enumerate(chains):
+            for call in range(4):
+                start = time.perf_counter()
+                for step in steps:
+                    step()
+                if call:
+                    times[number].append(time.perf_counter() - start)
+    return [statistics.median(each) for each in times]
 
 
 def torch_steps() -> list[Step]:
