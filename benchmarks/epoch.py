@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from common import Report, Side, compare, in_process, main, not_installed
 from lilliput.data import Example, Pack, load_examples, pack
 from lilliput.models import load_tokenizer
 from lilliput.training import Recipe, load_recipe
+from lilliput.training.fused import fused
 from lilliput.training.run import load_base
 from lilliput.training.trainer import LabelLoss, LabelTrainer, Rows, batch_of, count_steps, make_arguments, pad_id
 from peers import LORA, MODEL, SHARED_DATA, dense_checkpoint, load_bitsandbytes
@@ -89,7 +91,8 @@ def child(stack: str, arguments: dict[str, int], peer_batch: int, checkpoint: st
             trainer, model = theirs(recipe, rows, tokenizer, folder, peer_batch, checkpoint)
         before = held_out_loss(model, held_out)
         start = time.perf_counter()
-        trainer.train()
+        with fused(model) if stack == "lilliput" else nullcontext():
+            trainer.train()
         took = time.perf_counter() - start
     tokens = sum(len(example) for example in rows)
     losses = {"held-out loss": held_out_loss(model, held_out), "before": before}

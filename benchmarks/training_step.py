@@ -15,23 +15,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from common import Report, Side, compare, in_process, main, memory, not_installed
 from lilliput.data import Pack
 from lilliput.lora import LoraConfig, add_adapter
 from lilliput.models import load_model
-from lilliput.training.recompute import keep_products_only
+from lilliput.training.fused import fused
 from lilliput.training.trainer import LabelLoss, batch_of
 from peers import LORA, MODEL, dense_checkpoint, load_bitsandbytes, load_dense
 
 ROWS, TOKENS = 4, 256
 STACKS = {
     "lilliput": "Lilliput, NF4",
-    "lilliput-recompute": "Lilliput, NF4, recomputing all but products",
+    "lilliput-plain": "Lilliput, NF4, norms and activations unfused",
     "lilliput-fp32": "Lilliput, float32 base",
     "peft-bitsandbytes": "PEFT on bitsandbytes NF4",
     "peft-fp32": "PEFT on a float32 base",
@@ -39,18 +41,16 @@ STACKS = {
 NEEDS = {"peft-bitsandbytes": ("peft", "bitsandbytes"), "peft-fp32": ("peft",)}
 
 
-def ours(stack: str, ids: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
+def ours(stack: str, ids: Tensor) -> tuple[PreTrainedModel, Callable[[], Tensor]]:
     """Our model and its loss, as `tune` trains it."""
     model = load_model(MODEL, format="none" if stack.endswith("fp32") else "nf4", progress=False)
     add_adapter(model, LoraConfig(**LORA))
-    if stack.endswith("recompute"):
-        keep_products_only(model)
     loss = LabelLoss(model)
     packs = [Pack(row, [True] * TOKENS, list(range(TOKENS)), [0] * TOKENS) for row in ids.tolist()]
     return model, lambda: loss(**batch_of(packs, 0))["loss"]
 
 
-def theirs(stack: str, ids: Tensor, checkpoint: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+def theirs(stack: str, ids: Tensor, checkpoint: str) -> tuple[PreTrainedModel, Callable[[], Tensor]]:
     """PEFT's model and transformers' own loss."""
     import peft
 
@@ -69,16 +69,17 @@ def child(stack: str, steps: int, checkpoint: str) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     loaded = memory()[0]
     seconds, losses = [], []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        loss = loss_of()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-        losses.append(loss.item())
-        del loss
+    with fused(model) if stack in ("lilliput", "lilliput-fp32") else nullcontext():
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            loss = loss_of()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds.append(time.perf_counter() - start)
+            losses.append(loss.item())
+            del loss
     took = statistics.median(seconds[1:])
     sizes = {"peak GB": memory()[0] / 1e9, "loaded GB": loaded / 1e9}
     return {"seconds": took, **sizes, "tokens/s": ROWS * TOKENS / took, "first loss": losses[0]}
