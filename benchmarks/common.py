@@ -130,10 +130,11 @@ def by_reference(call: Callable[[], object]) -> Callable[[], object]:
 
 def in_process(script: str, environment: Mapping[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
     """What `child(**arguments)` of a benchmark's script returns in a fresh process, which runs with as many threads as
-    this one unless `environment` says otherwise."""
-    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), **(environment or {})}
+    this one unless `environment` says otherwise ("" takes a variable away)."""
+    changed = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **(environment or {})}
+    changed = {name: value for name, value in changed.items() if value}
     command = [sys.executable, script, "--child", json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=changed)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
         raise SideFailed(said[-1].strip())

@@ -4,7 +4,8 @@ All stacks train r 16 on all linear layers of SmolLM2-135M in NF4 with double qu
 the same label masks (prompts are no labels), learning rate, schedule, AdamW and clipping. Ours packs them into rows of
 `--length` tokens. The peer pads each batch to its longest row, as is usual, in the Trainer's random order. It stands
 here twice: with about as many tokens a batch as ours, padding counted, and so more optimizer steps; and with about as
-many optimizer steps as ours, and so more tokens a batch.
+many optimizer steps as ours, and so more tokens a batch. Ours stands here twice too: with `--batch` packed rows a step,
+and with as many steps as the peer's first.
 
 Each stack has a process of its own. `training` is the wall time of `train()`, loading and evaluation not counted. The
 losses are sums over labelled tokens of the held-out rows, each row alone, over their count: the same code for all.
@@ -42,6 +43,7 @@ DATA = SHARED_DATA / "alpaca-en-1k.json"
 OURS = "Lilliput, packed"
 STACKS = {
     "lilliput": OURS,
+    "lilliput-steps": f"{OURS}, as many steps as the peer with as many tokens",
     "peft-tokens": "PEFT on bitsandbytes, as many tokens a batch",
     "peft-steps": "PEFT on bitsandbytes, as many steps",
 }
@@ -79,19 +81,19 @@ def held_out_loss(model: PreTrainedModel, held_out: Sequence[Example]) -> float:
     return total / count
 
 
-def child(stack: str, arguments: dict[str, int], peer_batch: int, checkpoint: str) -> dict[str, float]:
+def child(stack: str, arguments: dict[str, int], batch: int, checkpoint: str) -> dict[str, float]:
     """Train a stack in this process."""
     tokenizer = load_tokenizer(MODEL)
     rows, held_out = examples(arguments["rows"], arguments["held_out"], arguments["length"], tokenizer)
-    recipe = recipe_of(arguments["length"], arguments["batch"])
+    recipe = recipe_of(arguments["length"], batch if stack.startswith("lilliput") else arguments["batch"])
     with tempfile.TemporaryDirectory(prefix="lilliput-") as folder:
-        if stack == "lilliput":
+        if stack.startswith("lilliput"):
             trainer, model = ours(recipe, rows, tokenizer, folder)
         else:
-            trainer, model = theirs(recipe, rows, tokenizer, folder, peer_batch, checkpoint)
+            trainer, model = theirs(recipe, rows, tokenizer, folder, batch, checkpoint)
         before = held_out_loss(model, held_out)
         start = time.perf_counter()
-        with fused(model) if stack == "lilliput" else nullcontext():
+        with fused(model) if stack.startswith("lilliput") else nullcontext():
             trainer.train()
         took = time.perf_counter() - start
     tokens = sum(len(example) for example in rows)
@@ -156,8 +158,8 @@ def padded_tokens(lengths: Sequence[int], batch: int) -> float:
     return statistics.mean(sizes)
 
 
-def peer_batches(rows: Sequence[Example], length: int, batch: int) -> tuple[dict[str, int], list[str]]:
-    """Rows of the peer's batch for either stack, and what to say about them."""
+def batches(rows: Sequence[Example], length: int, batch: int) -> tuple[dict[str, int], list[str]]:
+    """Rows of a batch for each stack, and what to say about them."""
     packs, lengths = pack(rows, length), [len(example) for example in rows]
     steps = math.ceil(len(packs) / batch)
     tokens = sum(map(len, packs)) / steps
@@ -168,27 +170,29 @@ def peer_batches(rows: Sequence[Example], length: int, batch: int) -> tuple[dict
     said.append(f"Ours: {len(packs)} packed rows, {batch} a batch, {tokens:,.0f} tokens a step.")
     for size in (by_tokens, by_steps):
         said.append(f"The peer's batch of {size} rows: {padded_tokens(lengths, size):,.0f} tokens, padding counted.")
-    return {"peft-tokens": by_tokens, "peft-steps": by_steps, "lilliput": 0}, said
+    smaller = max(1, round(len(packs) * by_tokens / len(rows)))
+    return {"lilliput": batch, "lilliput-steps": smaller, "peft-tokens": by_tokens, "peft-steps": by_steps}, said
 
 
 def run(arguments: argparse.Namespace) -> Report:
     """All stacks in turn."""
     settings = {name: getattr(arguments, name) for name in ("rows", "held_out", "length", "batch")}
     rows, held_out = examples(arguments.rows, arguments.held_out, arguments.length, load_tokenizer(MODEL))
-    batches, notes = peer_batches(rows, arguments.length, arguments.batch)
+    sizes, notes = batches(rows, arguments.length, arguments.batch)
     notes.append(f"Held out: {len(held_out)} rows, {sum(e.labels for e in held_out):,} labels.")
     lacking = not_installed("peft", "bitsandbytes")
     with tempfile.TemporaryDirectory(prefix="lilliput-") as folder:
         checkpoint = dense_checkpoint(folder)
         sides: dict[str, Side | str] = {}
         for stack in arguments.stacks:
-            side = {"stack": stack, "peer_batch": batches[stack], "checkpoint": checkpoint}
-            sides[STACKS[stack]] = (stack != "lilliput" and lacking) or (
+            side = {"stack": stack, "batch": sizes[stack], "checkpoint": checkpoint}
+            sides[STACKS[stack]] = (stack.startswith("peft") and lacking) or (
                 lambda side=side: in_process(__file__, arguments=settings, **side)
             )
         found = compare(f"{len(rows)} rows", sides, arguments.rounds)
     better = {"training, s": "less", "held-out loss": "", "before": "", "steps": "", "tokens/s": ""}
-    return Report(found, better, ours=(OURS,), notes=[*notes, "tokens/s: of the rows, without padding."])
+    mine = tuple(STACKS[stack] for stack in arguments.stacks if stack.startswith("lilliput"))
+    return Report(found, better, ours=mine, notes=[*notes, "tokens/s: of the rows, without padding."])
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ A round's work is a chain of mid-sized matrix products, softmaxes and GELUs by t
 rows. `mixed / parts` is the time of both in turn, operator by operator, over the sum of each alone: 1 says that neither
 disturbs the other. The same is done with torch's dense product instead of ours, which shows what the figure is worth.
 Each count of threads has processes of its own and is set in both ways, by OMP_NUM_THREADS and by torch.set_num_threads;
-the last ones may use a single core.
+some may use a single core, from their first product on or from their start.
 
     python benchmarks/threads.py [--counts 1 2 4] [--seconds 0.3] [--rounds 3]
 """
@@ -16,7 +16,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,9 +42,7 @@ def child(who: str, set_threads: int, core: bool, seconds: float) -> dict[str, f
     torchs, products = torch_steps(), product_steps(quantized=who == OURS)
     in_turn = [step for pair in zip(torchs, products, strict=True) for step in pair]
     with torch.no_grad():
-        torch_ms, product_ms, mixed_ms = (
-            seconds_of(chain(steps), seconds) * 1e3 for steps in (torchs, products, in_turn)
-        )
+        torch_ms, product_ms, mixed_ms = (took * 1e3 for took in in_slots([torchs, products, in_turn], seconds))
     times = {"torch ms": torch_ms, "products ms": product_ms, "mixed ms": mixed_ms}
     return {**times, "mixed / parts": mixed_ms / (torch_ms + product_ms), "threads": torch.get_num_threads()}
 
@@ -99,8 +98,26 @@ def run(arguments: argparse.Namespace) -> Report:
         if cores:
             rows += measured(f"OMP_NUM_THREADS={count}, one core", omp, arguments, core=True)
     better: dict[str, Any] = dict.fromkeys(("torch ms", "products ms", "mixed ms", "mixed / parts", "threads"), "")
-    note = "mixed / parts: 1 where neither disturbs the other; more threads than cores disturb each other in any case."
-    return Report(rows, better, notes=[f"{cores or os.cpu_count()} cores. {note}"])
+    if cores:
+        with one_core():
+            rows += measured("one core from the start", {"OMP_NUM_THREADS": ""}, arguments)
+    notes = [
+        f"{cores or os.cpu_count()} cores. mixed / parts: 1 where neither disturbs the other.",
+        "threads: what torch takes; it asks MKL, which takes no more of OMP_NUM_THREADS than there are cores.",
+        "one core: what the process may use from its first product on; its threads are as many as before.",
+    ]
+    return Report(rows, better, notes=notes)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Processes that are started inside the block may use a single core."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def measured(
