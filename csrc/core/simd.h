@@ -104,6 +104,22 @@ LILLIPUT_INLINE void load_pairs(const uint8_t* p, I& earlier, I& later) {
   later = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
   earlier = _mm512_srli_epi32(later, 4);
 }
+LILLIPUT_INLINE I load_words(const uint8_t* p) {  // 4 bytes a lane
+  return _mm512_loadu_si512(p);
+}
+LILLIPUT_INLINE I load_bytes(const uint8_t* p) {  // a byte a lane
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+}
+template <int N>
+LILLIPUT_INLINE I shift_right(I a) {  // what comes in from the left is not told
+  return _mm512_srli_epi32(a, N);
+}
+LILLIPUT_INLINE F gather(const float* p, I index) {
+  return _mm512_i32gather_ps(index, p, 4);
+}
+LILLIPUT_INLINE F halves(float low, float high) {
+  return _mm512_mask_blend_ps(0xff00, set1(low), set1(high));
+}
 // a0 a1 .. and b0 b1 .. to a0 b0 a1 b1 ..
 LILLIPUT_INLINE void interleave(F a, F b, F& low, F& high) {
   const I first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -210,6 +226,22 @@ LILLIPUT_INLINE F lookup(Table t, I index) {  // low 4 bits count: three choose 
 LILLIPUT_INLINE void load_pairs(const uint8_t* p, I& earlier, I& later) {
   later = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
   earlier = _mm256_srli_epi32(later, 4);
+}
+LILLIPUT_INLINE I load_words(const uint8_t* p) {
+  return _mm256_loadu_si256((const __m256i*)p);
+}
+LILLIPUT_INLINE I load_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+template <int N>
+LILLIPUT_INLINE I shift_right(I a) {
+  return _mm256_srli_epi32(a, N);
+}
+LILLIPUT_INLINE F gather(const float* p, I index) {
+  return _mm256_i32gather_ps(p, index, 4);
+}
+LILLIPUT_INLINE F halves(float low, float high) {
+  return _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low));
 }
 LILLIPUT_INLINE void interleave(F a, F b, F& low, F& high) {
   const F x = _mm256_unpacklo_ps(a, b), y = _mm256_unpackhi_ps(a, b);
@@ -318,6 +350,24 @@ LILLIPUT_INLINE F lookup(Table t, I index) {
 LILLIPUT_INLINE void load_pairs(const uint8_t* p, I& earlier, I& later) {
   later = I{p[0], p[1], p[2], p[3]};
   earlier = later >> 4;
+}
+LILLIPUT_INLINE I load_words(const uint8_t* p) {
+  I a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+LILLIPUT_INLINE I load_bytes(const uint8_t* p) {
+  return I{p[0], p[1], p[2], p[3]};
+}
+template <int N>
+LILLIPUT_INLINE I shift_right(I a) {
+  return a >> N;
+}
+LILLIPUT_INLINE F gather(const float* p, I index) {
+  return F{p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
+}
+LILLIPUT_INLINE F halves(float low, float high) {
+  return F{low, low, high, high};
 }
 LILLIPUT_INLINE void interleave(F a, F b, F& low, F& high) {
   low = F{a[0], b[0], a[1], b[1]};

@@ -113,13 +113,13 @@ struct Product {
 void few_rows(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias, float* y,
               int threads) {
   const Kernels& kernel = kernels();
-  const Buffer pairs = buffer(rows * k);
-  kernel.split_pairs(x, rows, k, pairs.get());
+  const Buffer pairs = buffer(rows * k + few_rows_more);
+  kernel.split_pairs(w, x, rows, k, pairs.get());
   const int64_t least = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, k * rows));
   const int64_t per_task = std::max(least, (n + 4 * threads - 1) / (4 * threads));
   parallel_for((n + per_task - 1) / per_task, threads, Team::own, [&](int64_t task) {
     thread_local std::vector<float> scratch;
-    scratch.resize(std::max(scratch.size(), static_cast<size_t>(k)));
+    scratch.resize(std::max(scratch.size(), static_cast<size_t>(k + few_rows_more)));
     const int64_t first = task * per_task, last = std::min(first + per_task, n);
     kernel.few_rows(w, k, x, pairs.get(), static_cast<int>(rows), bias, first, last, y, n, scratch.data());
   });

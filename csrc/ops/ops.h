@@ -23,8 +23,8 @@ struct Kernels {
   void (*dequantize)(const Blocks4& w, int64_t first, int64_t last, Reals out);
 
   // linear_4bit.simd.cpp. W is [rows of W, columns], columns = the length of x's rows.
-  // x [rows, columns] reordered for few_rows; out has rows * columns floats.
-  void (*split_pairs)(const float* x, int64_t rows, int64_t columns, float* out);
+  // x [rows, columns] reordered for few_rows; out has rows * columns floats, and few_rows_more.
+  void (*split_pairs)(const Blocks4& w, const float* x, int64_t rows, int64_t columns, float* out);
   // y[m, n] = bias[n] + sum_k x[m, k] W[n, k] for n in first..last-1 and m in 0..rows-1, rows <= few_rows_limit.
   void (*few_rows)(const Blocks4& w, int64_t columns, const float* x, const float* pairs, int rows, const float* bias,
                    int64_t first, int64_t last, float* y, int64_t y_stride, float* scratch);
@@ -58,7 +58,8 @@ struct Kernels {
 };
 
 constexpr int few_rows_limit = 8;
-constexpr int64_t max_block = 4096;  // numbers; kernels keep a block on the stack
+constexpr int64_t few_rows_more = 128;  // floats: scratch memory and reordered rows are padded by so many
+constexpr int64_t max_block = 4096;     // numbers; kernels keep a block on the stack
 // A tile of the right operand in a product of many rows: 256 KiB of floats, half of a 512 KiB second-level cache.
 constexpr int64_t max_depth = 256, max_columns = 256;
 

@@ -14,7 +14,7 @@ from lilliput.kernels import core
 
 pytestmark = pytest.mark.skipif(not core.status().loaded, reason=f"no compiled core: {core.status().reason}")
 
-# Products of one row (our pool) and of many rows between torch's operators (torch's OpenMP), and what they leave behind.
+# Products of one row (our pool) and of many rows between torch's operators (torch's OpenMP), and what they leave.
 PROGRAM = """
 import hashlib, json, os, sys
 if sys.argv[2] == "one-core":
