@@ -64,7 +64,7 @@ def _fuse(model: PreTrainedModel, undo: ExitStack) -> list[str]:
 
 
 def _replace(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     undo.callback(module.__dict__.pop, "forward")
 
 
