@@ -1,6 +1,7 @@
 # make setup   a virtual environment in .venv, the package with its compiled core, the small real model
 # make demo    fine-tune that model on built-in data and print base against tuned (about 10 minutes on two cores)
 # make test    the whole test suite
+# make bench   Lilliput beside its peers, an hour; BENCH="quantize decode --threads 2" for some (docs/benchmarks.md)
 # make lint    ruff, mypy, clang-format     make native-test   the compiled core's own tests under the sanitizers
 
 PYTHON ?= python3
@@ -54,8 +55,7 @@ native-test:
 
 bench: setup
 	$(PIP) install --quiet --constraint constraints.txt "lilliput[bench]"
-	$(BIN)/python benchmarks/linear_4bit.py
-	$(BIN)/python benchmarks/load_memory.py
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) build runs

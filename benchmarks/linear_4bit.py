@@ -1,194 +1,138 @@
-"""The 4-bit core beside its peers: products, quantizing, dequantizing; a table of ratios, and JSON with `--json FILE`.
+"""The 4-bit linear layer beside its peers: forward and gradient to the input, from one row to 1024.
 
-Each row times both sides in turn in this process and takes the quickest of many runs. A ratio above 1 means that
-Lilliput is quicker. Peers: bitsandbytes (NF4, float32 compute) where it is installed, and torch's float32 product on a
-dense matrix.
+The shapes are SmolLM2-135M's and one of a 7B model. Layers are compared as they are used: ours, bitsandbytes' (NF4,
+double quantization, float32 compute) and torch's dense one in float32. In evaluation mode, on a processor with
+AVX512-BF16, bitsandbytes repacks its weight and computes in bfloat16 whatever it was told, so it stands here twice.
 
-    python benchmarks/linear_4bit.py [--threads 2] [--seconds 1.5] [--json results.json]
+`share` is that of the machine's limit, measured in the same round. For many rows it is the rate of torch's float32
+product of 2048 x 2048. For up to 16 rows it is the bandwidth of reading, counted on the bytes of the weight as it is
+stored: codes and constants; floats for torch. There a ring of copies of the weight is gone round, so that it comes from
+memory and from no cache, as when a model generates (`--ring 0`: the same weight again and again).
+
+    python benchmarks/linear_4bit.py [--shapes 576x1536 4096x4096] [--rows 1 1024] [--seconds 0.1] [--ring 128]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
+from copy import deepcopy
+from itertools import cycle
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
-from lilliput import kernels
-from lilliput.formats import QuantizedTensor
-from lilliput.kernels import core
+from common import OURS, Report, Row, Side, by_reference, compare, main, not_installed, timed
+from lilliput.layers import QuantizedLinear
+from limits import product, reading
+from peers import bitsandbytes_linear
 
-# (rows, in, out): a training step's layers of SmolLM2-135M, a 7B-sized layer, generating with each.
-MANY = [(1024, 576, 1536), (1024, 1536, 576), (1024, 576, 192), (1024, 4096, 4096)]
-FEW = [(1, 576, 1536), (1, 4096, 4096), (2, 4096, 4096), (8, 4096, 4096), (16, 4096, 4096)]
-
-
-@dataclass
-class Row:
-    """One line of the table: seconds of each side."""
-
-    what: str
-    shape: str
-    peer: str
-    ours: float
-    theirs: float
-
-    @property
-    def ratio(self) -> float:
-        return self.theirs / self.ours
+SHAPES = ("576x576", "576x192", "576x1536", "1536x576", "4096x4096")  # in x out
+ROWS = (1, 4, 16, 256, 1024)
+FEW = 16  # rows; up to here memory is the limit
+MOST_COPIES = 2048
+TORCH, LIMIT = "torch float32", "(the limit)"
+BITSANDBYTES = {"bitsandbytes": False, "bitsandbytes, evaluation mode": True}
+REFERENCE = "Lilliput's reference"
 
 
-def race(ours: Callable[[], object], theirs: Callable[[], object], seconds: float) -> tuple[float, float]:
-    """The quickest run of each, taken in turn for `seconds`, at least three times."""
-    best = [float("inf"), float("inf")]
-    ours(), theirs()
-    stop, runs = time.perf_counter() + seconds, 0
-    while runs < 3 or time.perf_counter() < stop:
-        for side, call in enumerate((ours, theirs)):
-            start = time.perf_counter()
-            call()
-            best[side] = min(best[side], time.perf_counter() - start)
-        runs += 1
-    return best[0], best[1]
+def run(arguments: argparse.Namespace) -> Report:
+    """All shapes and rows, forward and gradient."""
+    rows: list[Row] = []
+    for shape in arguments.shapes:
+        columns, out = map(int, shape.split("x"))
+        layers = make_layers(columns, out)
+        for count in arguments.rows:
+            ring = arguments.ring * 10**6 if count <= FEW else 0
+            for what, sides in works(layers, count, ring, arguments.seconds):
+                limit = reading(arguments.seconds) if count <= FEW else product(2048, arguments.seconds)
+                found = compare(f"{what}, {count} x {columns} x {out}", {LIMIT: limit, **sides}, arguments.rounds)
+                rows += with_shares(found)
+    notes = [f"share: of the limit in the same round. Up to {FEW} rows that is reading, with more a float32 product."]
+    return Report(rows, {"ms": "less", "GFLOP/s": "", "GB/s": "", "share": ""}, notes=notes)
 
 
-def products(seconds: float) -> Iterator[Row]:
-    """Forward and gradient to the input, against torch and bitsandbytes."""
-    for rows, columns, out in MANY + FEW:
-        weight, x, grad = torch.randn(out, columns), torch.randn(rows, columns), torch.randn(rows, out)
-        q = kernels.quantize(weight)
-        shape = f"{rows} x {columns} x {out}"
-        theirs = bitsandbytes_product(weight)
-        forward = lambda x=x, q=q: kernels.linear_4bit(x, q)  # noqa: E731
-        yield Row("forward", shape, "torch fp32", *race(forward, lambda x=x, w=weight: x @ w.t(), seconds))
-        if theirs:
-            yield Row("forward", shape, "bitsandbytes", *race(forward, lambda x=x, f=theirs: f(x), seconds))
-        if rows > 16:
-            backward = lambda g=grad, q=q: input_gradient(g, q)  # noqa: E731
-            yield Row("gradient", shape, "torch fp32", *race(backward, lambda g=grad, w=weight: g @ w, seconds))
+def make_layers(columns: int, out: int) -> dict[str, nn.Module | str]:
+    """The same weight in each stack's layer; a text where the stack is not installed."""
+    dense = nn.Linear(columns, out, bias=False).requires_grad_(False)
+    lacking = not_installed("bitsandbytes")
+    theirs = {name: lacking or bitsandbytes_linear(dense.weight, inference=mode) for name, mode in BITSANDBYTES.items()}
+    return {OURS: QuantizedLinear.from_linear(dense), **theirs, TORCH: dense}
 
 
-def input_gradient(grad: Tensor, q: QuantizedTensor) -> Tensor:
-    """The backward operation alone."""
-    packed = (q.codes, q.absmax, q.absmax_scale, q.absmax_offset, q.format.name)
-    return torch.ops.lilliput.linear_4bit_backward(grad, *packed, q.shape[1])
+def works(
+    layers: dict[str, nn.Module | str], count: int, ring: int, seconds: float
+) -> Iterator[tuple[str, dict[str, Side | str]]]:
+    """The pieces of work with `count` rows, each with its sides."""
+    ours = layers[OURS]
+    assert isinstance(ours, QuantizedLinear)
+    out, columns = ours.out_features, ours.in_features
+    x, flops = torch.randn(count, columns), 2.0 * count * columns * out
+
+    def side(name: str, call: Callable[[], object]) -> Side:
+        stored = columns * out * 4 if name == TORCH else ours.quantized.nbytes
+        work = {"GFLOP/s": flops} | ({"GB/s": float(stored)} if count <= FEW else {})
+        return timed(call, seconds, **work)
+
+    sides: dict[str, Side | str] = {}
+    for name, layer in layers.items():
+        stored = columns * out * 4 if name == TORCH else ours.quantized.nbytes
+        sides[name] = layer if isinstance(layer, str) else side(name, forward(copies(layer, ring // stored), x))
+    sides[REFERENCE] = side(REFERENCE, by_reference(forward([ours], x)))
+    yield "forward", sides
+    if count > FEW:
+        trained = {name: layer for name, layer in layers.items() if name != "bitsandbytes, evaluation mode"}
+        yield (
+            "gradient",
+            {n: layer if isinstance(layer, str) else side(n, gradient(layer, x)) for n, layer in trained.items()},
+        )
 
 
-def blocks(seconds: float) -> Iterator[Row]:
-    """Quantizing and dequantizing a 4096 x 4096 matrix, against bitsandbytes."""
-    functional = bitsandbytes()
-    if functional is None:
-        return
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.randn(4096, 4096).to(dtype)
-        for double in (False, True):
-            what = f"quantize {str(dtype).removeprefix('torch.')}{', double' if double else ''}"
-            ours = lambda w=weight, d=double: kernels.quantize(w, "nf4", d)  # noqa: E731
-            theirs = lambda w=weight, d=double: functional.quantize_4bit(  # noqa: E731
-                w, quant_type="nf4", compress_statistics=d
-            )
-            yield Row(what, "4096 x 4096", "bitsandbytes", *race(ours, theirs, seconds))
-        codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        q = kernels.quantize(weight)
-        what = f"dequantize {str(dtype).removeprefix('torch.')}, double"
-        ours_back = lambda q=q, t=dtype: kernels.dequantize(q, t)  # noqa: E731
-        theirs_back = lambda c=codes, s=state: functional.dequantize_4bit(c, s)  # noqa: E731
-        yield Row(what, "4096 x 4096", "bitsandbytes", *race(ours_back, theirs_back, seconds))
+def copies(layer: nn.Module, count: int) -> list[nn.Module]:
+    """The layer and copies of it, at least one."""
+    return [layer, *(deepcopy(layer) for _ in range(min(count, MOST_COPIES) - 1))]
 
 
-def references(seconds: float) -> Iterator[Row]:
-    """What a machine without the compiled core loses: our reference as the peer."""
-    for rows, columns, out in ((1024, 576, 1536), (1, 576, 1536), (1, 4096, 4096)):
-        q, x = kernels.quantize(torch.randn(out, columns)), torch.randn(rows, columns)
-        slow = in_reference(lambda x=x, q=q: kernels.linear_4bit(x, q))
-        pair = race(lambda x=x, q=q: kernels.linear_4bit(x, q), slow, seconds)
-        yield Row("forward", f"{rows} x {columns} x {out}", "our reference", *pair)
-    weight = torch.randn(2048, 2048)
-    pair = race(lambda: kernels.quantize(weight), in_reference(lambda: kernels.quantize(weight)), seconds)
-    yield Row("quantize float32, double", "2048 x 2048", "our reference", *pair)
+def forward(layers: list[nn.Module], x: Tensor) -> Callable[[], object]:
+    """One layer's forward, the next one's at the next call; each was called before."""
+    ring = cycle(layers)
+
+    @torch.no_grad()
+    def call() -> object:
+        return next(ring)(x)
+
+    for _ in layers:
+        call()
+    return call
 
 
-def in_reference(call: Callable[[], object]) -> Callable[[], object]:
-    def inside() -> object:
-        with kernels.use("reference"):
-            return call()
-
-    return inside
-
-
-def bitsandbytes() -> object | None:
-    """bitsandbytes.functional, or None where it is not installed."""
-    try:
-        from bitsandbytes import functional
-    except ImportError:
-        return None
-    return functional
+def gradient(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    """The backward alone, to the input."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    towards = torch.randn_like(y)
+    return lambda: torch.autograd.grad(y, x, towards, retain_graph=True)
 
 
-def bitsandbytes_product(weight: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """bitsandbytes' own 4-bit linear layer (NF4, double quantization, float32 compute), without gradients."""
-    if bitsandbytes() is None:
-        return None
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    layer = Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32, quant_type="nf4")
-    layer.weight = Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
-    return torch.no_grad()(layer.to("cpu"))
-
-
-def machine() -> dict[str, object]:
-    """Where and with what the figures were taken."""
-    names = ("lilliput", "torch", "bitsandbytes")
-    versions = {
-        name: metadata.version(name) for name in names if not (name == "bitsandbytes" and bitsandbytes() is None)
-    }
-    status = core.status()
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "instruction_set": status.instruction_set,
-        "threads": status.threads,
-        "date": time.strftime("%Y-%m-%d"),
-        **versions,
-    }
+def with_shares(rows: list[Row]) -> list[Row]:
+    """Each row's rate over the limit's, round by round."""
+    limit = next(row for row in rows if row.who == LIMIT)
+    rate = "GB/s" if "GB/s" in limit.samples else "GFLOP/s"
+    limit.samples.pop("ms", None)  # of other work
+    for row in rows:
+        if rate in row.samples and row is not limit:
+            row.samples["share"] = [a / b for a, b in zip(row.samples[rate], limit.samples[rate], strict=True)]
+    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each pair")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    about = machine()
-    table = Table(
-        "what",
-        "shape",
-        "peer",
-        "Lilliput ms",
-        "peer ms",
-        "ratio",
-        title=", ".join(f"{k} {v}" for k, v in about.items()),
-    )
-    rows = []
-    for part in (products, blocks, references):
-        for row in part(options.seconds):
-            rows.append(row)
-            figures = (f"{row.ours * 1e3:.3f}", f"{row.theirs * 1e3:.3f}", f"{row.ratio:.2f}")
-            table.add_row(row.what, row.shape, row.peer, *figures)
-    Console(width=110).print(table)
-    if options.json:
-        report = {"machine": about, "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="INxOUT")
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--seconds", type=float, default=0.1, help="of each in a round")
+    parser.add_argument("--ring", type=int, default=128, help="MB of weights to go round for few rows; 0: one weight")
 
 
 if __name__ == "__main__":
-    main()
+    small = {"shapes": ("576x192",), "rows": (1, 256), "seconds": 0.02, "ring": 8}
+    sys.exit(main(run, __file__, __doc__, options=options, quick=small, rounds=5))

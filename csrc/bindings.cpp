@@ -85,28 +85,98 @@ void py_dequantize_4bit(const Flat<const uint8_t>& codes, const Flat<const float
   dequantize_4bit(w, to, threads);
 }
 
+// left [rows, rank] and right, [columns, rank] or, `upright`, [rank, columns].
+LowRank low_rank(const Maybe<const float>& left, const Maybe<const float>& right, int64_t rows, int64_t columns,
+                 bool upright) {
+  if (!left) return {};
+  need(right && left->ndim() == 2 && right->ndim() == 2, "update: two matrices");
+  const auto rank = static_cast<int64_t>(left->shape(1));
+  need(static_cast<int64_t>(left->shape(0)) == rows, "update: wrong number of rows");
+  need(static_cast<int64_t>(right->shape(upright ? 0 : 1)) == rank && size(*right) == rank * columns,
+       "update: wrong size");
+  return {left->data(), right->data(), rank, upright ? columns : 1, upright ? 1 : rank};
+}
+
 void py_linear_4bit(const Flat<const float>& x, const Flat<const uint8_t>& codes, const Flat<const float>& codebook,
                     int64_t block, const Any& absmax, const Maybe<const float>& book, const Maybe<const float>& scale,
-                    const Maybe<const float>& offset, const Maybe<const float>& bias, Flat<float> y, int threads) {
+                    const Maybe<const float>& offset, const Maybe<const float>& bias, const Maybe<const float>& left,
+                    const Maybe<const float>& right, Flat<float> y, int threads) {
   need(x.ndim() == 2 && y.ndim() == 2 && x.shape(0) == y.shape(0), "x and y must be matrices of as many rows");
   const auto rows = static_cast<int64_t>(x.shape(0)), k = static_cast<int64_t>(x.shape(1));
   const auto n = static_cast<int64_t>(y.shape(1));
   const Blocks4 w = blocks(codes, codebook, n * k, block, absmax, book, scale, offset);
   need(!bias || size(*bias) == n, "bias: wrong size");
+  const LowRank update = low_rank(left, right, rows, n, false);
   nb::gil_scoped_release released;
-  linear_4bit(w, x.data(), rows, k, n, bias ? bias->data() : nullptr, y.data(), threads);
+  linear_4bit(w, x.data(), rows, k, n, bias ? bias->data() : nullptr, update, y.data(), threads);
 }
 
 void py_linear_4bit_backward(const Flat<const float>& gy, const Flat<const uint8_t>& codes,
                              const Flat<const float>& codebook, int64_t block, const Any& absmax,
                              const Maybe<const float>& book, const Maybe<const float>& scale,
-                             const Maybe<const float>& offset, Flat<float> gx, int threads) {
+                             const Maybe<const float>& offset, const Maybe<const float>& left,
+                             const Maybe<const float>& right, Flat<float> gx, int threads) {
   need(gy.ndim() == 2 && gx.ndim() == 2 && gy.shape(0) == gx.shape(0), "gy and gx must be matrices of as many rows");
   const auto rows = static_cast<int64_t>(gy.shape(0)), n = static_cast<int64_t>(gy.shape(1));
   const auto k = static_cast<int64_t>(gx.shape(1));
   const Blocks4 w = blocks(codes, codebook, n * k, block, absmax, book, scale, offset);
+  const LowRank update = low_rank(left, right, rows, k, true);
   nb::gil_scoped_release released;
-  linear_4bit_backward(w, gy.data(), rows, k, n, gx.data(), threads);
+  linear_4bit_backward(w, gy.data(), rows, k, n, update, gx.data(), threads);
+}
+
+void py_swiglu(const Any& gate, const Any& up, const Any& out, int threads) {
+  const int64_t numel = size(gate);
+  need(size(up) == numel && size(out) == numel, "gate, up and out must be of one size");
+  const Reals g = reals(gate), u = reals(up), to = reals(out);
+  nb::gil_scoped_release released;
+  swiglu(g, u, numel, to, threads);
+}
+
+void py_swiglu_backward(const Any& grad, const Any& gate, const Any& up, const Any& to_gate, const Any& to_up,
+                        int threads) {
+  const int64_t numel = size(grad);
+  need(size(gate) == numel && size(up) == numel, "grad, gate and up must be of one size");
+  need(size(to_gate) == numel && size(to_up) == numel, "grad, to_gate and to_up must be of one size");
+  const Reals y = reals(grad), g = reals(gate), u = reals(up), of_gate = reals(to_gate), of_up = reals(to_up);
+  nb::gil_scoped_release released;
+  swiglu_backward(y, g, u, numel, of_gate, of_up, threads);
+}
+
+// Of [..., columns].
+int64_t rows_of(const Any& x, int64_t columns) {
+  need(x.ndim() >= 1 && static_cast<int64_t>(x.shape(x.ndim() - 1)) == columns, "x and weight must be of one width");
+  return columns == 0 ? 0 : size(x) / columns;
+}
+
+void py_rms_norm(const Any& x, const Flat<const float>& weight, double eps, const Any& y, int threads) {
+  const int64_t columns = size(weight), rows = rows_of(x, columns);
+  need(size(y) == size(x), "x and y must be of one size");
+  const Reals from = reals(x), to = reals(y);
+  nb::gil_scoped_release released;
+  rms_norm(from, weight.data(), static_cast<float>(eps), rows, columns, to, threads);
+}
+
+void py_rms_norm_backward(const Any& grad, const Any& x, const Flat<const float>& weight, double eps, const Any& to_x,
+                          Maybe<float> to_weight, int threads) {
+  const int64_t columns = size(weight), rows = rows_of(x, columns);
+  need(size(grad) == size(x) && size(to_x) == size(x), "grad, x and to_x must be of one size");
+  need(!to_weight || size(*to_weight) == columns, "to_weight: wrong size");
+  const Reals y = reals(grad), from = reals(x), to = reals(to_x);
+  nb::gil_scoped_release released;
+  rms_norm_backward(y, from, weight.data(), static_cast<float>(eps), rows, columns, to,
+                    to_weight ? to_weight->data() : nullptr, threads);
+}
+
+void py_cross_entropy(Flat<float> z, const Flat<const int64_t>& labels, bool gradient, Flat<float> losses,
+                      int threads) {
+  need(z.ndim() == 2 && z.shape(1) > 0, "z must be a matrix with columns");
+  const auto rows = static_cast<int64_t>(z.shape(0)), columns = static_cast<int64_t>(z.shape(1));
+  need(size(labels) == rows && size(losses) == rows, "labels or losses: wrong size");
+  for (int64_t row = 0; row < rows; ++row)
+    need(labels.data()[row] >= 0 && labels.data()[row] < columns, "labels: out of range");
+  nb::gil_scoped_release released;
+  cross_entropy(z.data(), rows, columns, labels.data(), gradient, losses.data(), threads);
 }
 
 }  // namespace
@@ -119,7 +189,13 @@ NB_MODULE(_core, m) {
   m.def("dequantize_4bit", &py_dequantize_4bit, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
         nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("linear_4bit", &py_linear_4bit, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
-        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("linear_4bit_backward", &py_linear_4bit_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+  m.def("swiglu", &py_swiglu);
+  m.def("swiglu_backward", &py_swiglu_backward);
+  m.def("rms_norm", &py_rms_norm);
+  m.def("cross_entropy", &py_cross_entropy);
+  m.def("rms_norm_backward", &py_rms_norm_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg().none(), nb::arg());
 }

@@ -67,6 +67,27 @@ LILLIPUT_INLINE I greater(F a, F b, int32_t value) {  // value where a > b, else
 LILLIPUT_INLINE void store_bytes(uint8_t* p, I a) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a));
 }
+LILLIPUT_INLINE F div(F a, F b) {
+  return _mm512_div_ps(a, b);
+}
+LILLIPUT_INLINE F at_least(F a, float least) {  // NaN stays NaN, here and below
+  return _mm512_max_ps(set1(least), a);
+}
+LILLIPUT_INLINE F at_most(F a, float most) {
+  return _mm512_min_ps(set1(most), a);
+}
+LILLIPUT_INLINE F greater(F a, F b) {  // NaN in a gives b
+  return _mm512_max_ps(a, b);
+}
+LILLIPUT_INLINE F minus_abs(F a) {
+  return _mm512_or_ps(a, set1(-0.0f));
+}
+LILLIPUT_INLINE F where_negative(F test, F a, F b) {  // a where test's sign bit is set, else b
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(test)), b, a);
+}
+LILLIPUT_INLINE F times_power_of_2(F a, F n) {  // a 2^n, n whole numbers in -150..128; rounded once
+  return _mm512_scalef_ps(a, n);
+}
 
 struct Table {
   F values;
@@ -82,6 +103,22 @@ LILLIPUT_INLINE F lookup(Table t, I index) {
 LILLIPUT_INLINE void load_pairs(const uint8_t* p, I& earlier, I& later) {
   later = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
   earlier = _mm512_srli_epi32(later, 4);
+}
+LILLIPUT_INLINE I load_words(const uint8_t* p) {  // 4 bytes a lane
+  return _mm512_loadu_si512(p);
+}
+LILLIPUT_INLINE I load_bytes(const uint8_t* p) {  // a byte a lane
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+}
+template <int N>
+LILLIPUT_INLINE I shift_right(I a) {  // what comes in from the left is not told
+  return _mm512_srli_epi32(a, N);
+}
+LILLIPUT_INLINE F gather(const float* p, I index) {
+  return _mm512_i32gather_ps(index, p, 4);
+}
+LILLIPUT_INLINE F halves(float low, float high) {
+  return _mm512_mask_blend_ps(0xff00, set1(low), set1(high));
 }
 // a0 a1 .. and b0 b1 .. to a0 b0 a1 b1 ..
 LILLIPUT_INLINE void interleave(F a, F b, F& low, F& high) {
@@ -150,6 +187,31 @@ LILLIPUT_INLINE void store_bytes(uint8_t* p, I a) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
 }
+LILLIPUT_INLINE F div(F a, F b) {
+  return _mm256_div_ps(a, b);
+}
+LILLIPUT_INLINE F at_least(F a, float least) {
+  return _mm256_max_ps(set1(least), a);
+}
+LILLIPUT_INLINE F at_most(F a, float most) {
+  return _mm256_min_ps(set1(most), a);
+}
+LILLIPUT_INLINE F greater(F a, F b) {
+  return _mm256_max_ps(a, b);
+}
+LILLIPUT_INLINE F minus_abs(F a) {
+  return _mm256_or_ps(a, set1(-0.0f));
+}
+LILLIPUT_INLINE F where_negative(F test, F a, F b) {
+  return _mm256_blendv_ps(b, a, test);
+}
+LILLIPUT_INLINE F times_power_of_2(F a, F n) {  // in two steps of normal powers: only the second may round
+  const I whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), bias = iset1(127);
+  const I rest = _mm256_sub_epi32(whole, half);
+  const F first = _mm256_castsi256_ps(_mm256_slli_epi32(iadd(half, bias), 23));
+  const F second = _mm256_castsi256_ps(_mm256_slli_epi32(iadd(rest, bias), 23));
+  return mul(mul(a, first), second);
+}
 
 struct Table {
   F low, high;
@@ -164,6 +226,22 @@ LILLIPUT_INLINE F lookup(Table t, I index) {  // low 4 bits count: three choose 
 LILLIPUT_INLINE void load_pairs(const uint8_t* p, I& earlier, I& later) {
   later = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
   earlier = _mm256_srli_epi32(later, 4);
+}
+LILLIPUT_INLINE I load_words(const uint8_t* p) {
+  return _mm256_loadu_si256((const __m256i*)p);
+}
+LILLIPUT_INLINE I load_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+template <int N>
+LILLIPUT_INLINE I shift_right(I a) {
+  return _mm256_srli_epi32(a, N);
+}
+LILLIPUT_INLINE F gather(const float* p, I index) {
+  return _mm256_i32gather_ps(p, index, 4);
+}
+LILLIPUT_INLINE F halves(float low, float high) {
+  return _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low));
 }
 LILLIPUT_INLINE void interleave(F a, F b, F& low, F& high) {
   const F x = _mm256_unpacklo_ps(a, b), y = _mm256_unpackhi_ps(a, b);
@@ -233,6 +311,32 @@ LILLIPUT_INLINE I greater(F a, F b, int32_t value) {
 LILLIPUT_INLINE void store_bytes(uint8_t* p, I a) {
   for (int i = 0; i < kWidth; ++i) p[i] = (uint8_t)a[i];
 }
+LILLIPUT_INLINE F div(F a, F b) {
+  return a / b;
+}
+LILLIPUT_INLINE F where(I mask, F a, F b) {
+  return (F)(((I)a & mask) | ((I)b & ~mask));
+}
+LILLIPUT_INLINE F at_least(F a, float least) {
+  return where(a < set1(least), set1(least), a);
+}
+LILLIPUT_INLINE F at_most(F a, float most) {
+  return where(a > set1(most), set1(most), a);
+}
+LILLIPUT_INLINE F greater(F a, F b) {
+  return where(a > b, a, b);
+}
+LILLIPUT_INLINE F minus_abs(F a) {
+  return (F)((I)a | (I)set1(-0.0f));
+}
+LILLIPUT_INLINE F where_negative(F test, F a, F b) {
+  return where((I)test < iset1(0), a, b);
+}
+LILLIPUT_INLINE F times_power_of_2(F a, F n) {  // in two steps of normal powers: only the second may round
+  const F to_integer = set1(0x1.8p23f);         // 2^23 + 2^22: its last bit is worth 1
+  const I whole = (I)(n + to_integer) - (I)to_integer, half = whole >> 1;
+  return a * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
+}
 
 struct Table {
   const float* values;
@@ -246,6 +350,24 @@ LILLIPUT_INLINE F lookup(Table t, I index) {
 LILLIPUT_INLINE void load_pairs(const uint8_t* p, I& earlier, I& later) {
   later = I{p[0], p[1], p[2], p[3]};
   earlier = later >> 4;
+}
+LILLIPUT_INLINE I load_words(const uint8_t* p) {
+  I a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+LILLIPUT_INLINE I load_bytes(const uint8_t* p) {
+  return I{p[0], p[1], p[2], p[3]};
+}
+template <int N>
+LILLIPUT_INLINE I shift_right(I a) {
+  return a >> N;
+}
+LILLIPUT_INLINE F gather(const float* p, I index) {
+  return F{p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
+}
+LILLIPUT_INLINE F halves(float low, float high) {
+  return F{low, low, high, high};
 }
 LILLIPUT_INLINE void interleave(F a, F b, F& low, F& high) {
   low = F{a[0], b[0], a[1], b[1]};
@@ -265,6 +387,43 @@ LILLIPUT_INLINE float sum(F a) {
   for (int half = kWidth / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+}
+
+LILLIPUT_INLINE float greatest(F a) {
+  float lanes[kWidth];
+  store(lanes, a);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
+
+// The first `count` < kWidth of a vector; the rest is zero, or is not written.
+LILLIPUT_INLINE F load_first(const float* p, int64_t count) {
+  float lanes[kWidth] = {0};
+  memcpy(lanes, p, (size_t)count * sizeof(float));
+  return load(lanes);
+}
+LILLIPUT_INLINE void store_first(float* p, F a, int64_t count) {
+  float lanes[kWidth];
+  store(lanes, a);
+  memcpy(p, lanes, (size_t)count * sizeof(float));
+}
+
+// e^x within 1.01 ulp (every float in -128..128 beside double's exp), subnormal results too;
+// 0 for -Inf, Inf from 88.7228394 on, NaN for NaN.
+// x = n ln 2 + r with whole n, |r| <= 0.3475; e^x = 2^n (1 + r + r^2 q(r)). q is the polynomial of degree 4 with the
+// least relative error of e^r (2^-28), fitted by reweighted least squares.
+LILLIPUT_INLINE F exp(F x) {
+  x = at_most(at_least(x, -104.0f), 89.0f);  // e^-104 rounds to 0, e^89 is above the greatest float
+  const float to_integer = 0x1.8p23f;        // 2^23 + 2^22: its last bit is worth 1
+  const F n = add(fma(x, set1(0x1.715476p0f), set1(to_integer)), set1(-to_integer));
+  F r = fma(n, set1(-0x1.63p-1f), x);    // ln 2 to 9 bits: the product with n is exact,
+  r = fma(n, set1(0x1.bd0106p-13f), r);  // and what those 9 bits are too much
+  F q = fma(set1(0x1.6a21acp-10f), r, set1(0x1.123b6ap-7f));
+  q = fma(q, r, set1(0x1.5558fap-5f));
+  q = fma(q, r, set1(0x1.55549p-3f));
+  q = fma(q, r, set1(0x1.fffffcp-2f));
+  return times_power_of_2(add(fma(q, mul(r, r), r), set1(1.0f)), n);
 }
 
 LILLIPUT_INLINE float from_bits(uint32_t bits) {

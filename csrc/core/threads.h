@@ -26,4 +26,12 @@ void parallel_for(int64_t tasks, int threads, Team team, Body&& body) {
   parallel(tasks, threads, team, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); }, &body);
 }
 
+// For operations that do little with each number: a task of this many takes some 20 us, long beside its hand-out.
+constexpr int64_t numbers_per_task = 1 << 15;
+
+// Which team for so many tasks of 20 us: a step of training has hundreds and stands between torch's operators.
+inline Team team_of(int64_t tasks) {
+  return tasks > 8 ? Team::openmp : Team::own;
+}
+
 }  // namespace lilliput

@@ -7,13 +7,22 @@ namespace lilliput {
 namespace portable {
 void add_blockwise(Kernels& kernels);
 void add_linear_4bit(Kernels& kernels);
+void add_swiglu(Kernels& kernels);
+void add_rms_norm(Kernels& kernels);
+void add_cross_entropy(Kernels& kernels);
 }  // namespace portable
 namespace avx2 {
 void add_blockwise(Kernels& kernels);
 void add_linear_4bit(Kernels& kernels);
+void add_swiglu(Kernels& kernels);
+void add_rms_norm(Kernels& kernels);
+void add_cross_entropy(Kernels& kernels);
 }  // namespace avx2
 namespace avx512 {
 void add_blockwise(Kernels& kernels);
 void add_linear_4bit(Kernels& kernels);
+void add_swiglu(Kernels& kernels);
+void add_rms_norm(Kernels& kernels);
+void add_cross_entropy(Kernels& kernels);
 }  // namespace avx512
 }  // namespace lilliput

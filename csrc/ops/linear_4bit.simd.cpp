@@ -13,10 +13,13 @@ constexpr int kTileColumns = kPair;  // two vectors of sums a row
 // multiply-add takes 4 cycles and two start in each, so at least 8 sums must be under way: 28, 12 and 8 are.
 #if defined(LILLIPUT_ISA_AVX512)
 constexpr int kTileRows = 14;
+constexpr int kTogether = 4;  // rows of W at a time for one row of x
 #elif defined(LILLIPUT_ISA_AVX2)
 constexpr int kTileRows = 6;
+constexpr int kTogether = 2;
 #else
 constexpr int kTileRows = 4;
+constexpr int kTogether = 2;
 #endif
 
 // Whether every run of kPair numbers that starts at a multiple of kPair in its row lies in whole bytes of one block.
@@ -45,10 +48,116 @@ static void values_of(const Blocks4& w, int64_t start, int64_t count, float* out
   }
 }
 
+// ---- one row, whose W has whole blocks of 64 in each row ----
+
+// A word of 4 bytes holds 8 codes, and a lookup asks for the low 4 bits of a lane only: so kWidth words are shifted by
+// 0, 4, .. 28 bits and looked up as they are. x lies in that order: for each group of 8 kWidth numbers, lane after lane
+// the second, first, fourth, third .. number of the lanes' words (the earlier of two codes is a byte's high nibble).
+constexpr int kGroup = 8 * kWidth;
+constexpr int64_t kBlock = 64;
+
+LILLIPUT_INLINE bool whole_blocks(const Blocks4& w, int64_t columns) {
+  return w.block == kBlock && columns % kBlock == 0 && w.numel < INT32_MAX;
+}
+
+// x [columns] in that order, zero-padded to whole groups.
+static void split_words(const float* x, int64_t columns, float* out) {
+  for (int64_t start = 0; start < columns; start += kGroup)
+    for (int j = 0; j < 8; ++j)
+      for (int64_t lane = 0; lane < kWidth; ++lane) {
+        const int64_t from = start + 8 * lane + (j ^ 1);
+        *out++ = from < columns ? x[from] : 0.0f;
+      }
+}
+
+// absmax_of(first..first + count - 1), then a zero; compiled without contraction as that is.
+static void absmax_of_row(const Blocks4& w, int64_t first, int64_t count, float* out) {
+  int64_t i = 0;
+  if (w.absmax == nullptr)
+    for (; i + kWidth <= count; i += kWidth) {
+      const int64_t scale = (first + i) / absmax_block;
+      if (scale != (first + i + kWidth - 1) / absmax_block) {
+        for (int64_t lane = i; lane < i + kWidth; ++lane) out[lane] = w.absmax_of(first + lane);
+        continue;
+      }
+      const F values = gather(w.absmax_book, load_bytes(w.absmax8 + first + i));
+      store(out + i, add(mul(values, set1(w.absmax_scale[scale])), set1(w.absmax_offset)));
+    }
+  for (; i < count; ++i) out[i] = w.absmax_of(first + i);
+  out[count] = 0.0f;
+}
+
+// The absmax of each lane of group g: a group is two blocks, one, or half of one.
+LILLIPUT_INLINE F scales_of(const float* absmax, int64_t g) {
+  if (kGroup > kBlock) return halves(absmax[2 * g], absmax[2 * g + 1]);
+  return set1(absmax[g * kGroup / kBlock]);
+}
+
+LILLIPUT_INLINE I words_of(const uint8_t* codes, int64_t bytes) {
+  if (bytes >= 4 * kWidth) return load_words(codes);
+  uint8_t room[4 * kWidth] = {0};
+  memcpy(room, codes, (size_t)bytes);
+  return load_words(room);
+}
+
+template <int J>
+struct Nibbles {  // nibble 8 - J of each word and those after it
+  static LILLIPUT_INLINE void add(Table book, const I* words, const float* x, F (*sums)[2], int rows) {
+    const F numbers = load(x + (8 - J) * kWidth);
+    for (int row = 0; row < rows; ++row)
+      sums[row][J % 2] = fma(lookup(book, shift_right<4 * (8 - J)>(words[row])), numbers, sums[row][J % 2]);
+    Nibbles<J - 1>::add(book, words, x, sums, rows);
+  }
+};
+template <>
+struct Nibbles<0> {
+  static LILLIPUT_INLINE void add(Table, const I*, const float*, F (*)[2], int) {}
+};
+
+// Rows n..n + Rows - 1 of W: their sums do not wait for each other. Each sum has the same order for any Rows.
+template <int Rows>
+static void dot_words(const Blocks4& w, int64_t columns, const float* x, int64_t n, float* absmax, float* y) {
+  const Table book = table(w.codebook);
+  const int64_t bytes = columns / 2, blocks = columns / kBlock;
+  for (int row = 0; row < Rows; ++row) absmax_of_row(w, (n + row) * blocks, blocks, absmax + row * (blocks + 1));
+  F total[Rows];
+#pragma GCC unroll 4
+  for (int row = 0; row < Rows; ++row) total[row] = set1(0.0f);
+  for (int64_t g = 0, at = 0; at < bytes; ++g, at += 4 * kWidth) {
+    I words[Rows];
+    F sums[Rows][2];
+#pragma GCC unroll 4
+    for (int row = 0; row < Rows; ++row) {
+      const uint8_t* codes = w.codes + (n + row) * bytes + at;
+      __builtin_prefetch(codes + Rows * bytes);
+      words[row] = words_of(codes, bytes - at);
+      sums[row][0] = sums[row][1] = set1(0.0f);
+    }
+    Nibbles<8>::add(book, words, x + g * kGroup, sums, Rows);
+#pragma GCC unroll 4
+    for (int row = 0; row < Rows; ++row)
+      total[row] = fma(add(sums[row][0], sums[row][1]), scales_of(absmax + row * (blocks + 1), g), total[row]);
+  }
+  for (int row = 0; row < Rows; ++row) y[row] = sum(total[row]);
+}
+
+static void one(const Blocks4& w, int64_t columns, const float* words, const float* bias, int64_t first, int64_t last,
+                float* y, float* scratch) {
+  int64_t n = first;
+  for (; n + kTogether <= last; n += kTogether) dot_words<kTogether>(w, columns, words, n, scratch, y + n);
+  for (; n < last; ++n) dot_words<1>(w, columns, words, n, scratch, y + n);
+  for (n = first; bias != nullptr && n < last; ++n) y[n] += bias[n];
+}
+
 // ---- few rows ----
 
 // Each run of kPair numbers becomes its even numbers, then its odd ones: the order in which codes leave their bytes.
-static void split_pairs(const float* x, int64_t rows, int64_t columns, float* out) {
+// One row has an order of its own.
+static void split_pairs(const Blocks4& w, const float* x, int64_t rows, int64_t columns, float* out) {
+  if (rows == 1 && whole_blocks(w, columns)) {
+    split_words(x, columns, out);
+    return;
+  }
   for (int64_t i = 0; i + kPair <= rows * columns; i += kPair) {
     F even, odd;
     deinterleave(load(x + i), load(x + i + kWidth), even, odd);
@@ -122,6 +231,10 @@ static void few_rows(const Blocks4& w, int64_t columns, const float* x, const fl
                      int64_t first, int64_t last, float* y, int64_t y_stride, float* scratch) {
   if (!aligned(w, columns)) {
     few_unaligned(w, columns, x, rows, bias, first, last, y, y_stride, scratch);
+    return;
+  }
+  if (rows == 1 && whole_blocks(w, columns)) {
+    one(w, columns, pairs, bias, first, last, y, scratch);
     return;
   }
   using Few = void (*)(const Blocks4&, int64_t, const float*, const float*, int64_t, int64_t, float*, int64_t);

@@ -23,8 +23,8 @@ struct Kernels {
   void (*dequantize)(const Blocks4& w, int64_t first, int64_t last, Reals out);
 
   // linear_4bit.simd.cpp. W is [rows of W, columns], columns = the length of x's rows.
-  // x [rows, columns] reordered for few_rows; out has rows * columns floats.
-  void (*split_pairs)(const float* x, int64_t rows, int64_t columns, float* out);
+  // x [rows, columns] reordered for few_rows; out has rows * columns floats, and few_rows_more.
+  void (*split_pairs)(const Blocks4& w, const float* x, int64_t rows, int64_t columns, float* out);
   // y[m, n] = bias[n] + sum_k x[m, k] W[n, k] for n in first..last-1 and m in 0..rows-1, rows <= few_rows_limit.
   void (*few_rows)(const Blocks4& w, int64_t columns, const float* x, const float* pairs, int rows, const float* bias,
                    int64_t first, int64_t last, float* y, int64_t y_stride, float* scratch);
@@ -40,10 +40,26 @@ struct Kernels {
   void (*multiply)(const float* left, const float* right, int64_t rows, int64_t columns, int64_t depth, bool add,
                    const float* start, float* c, int64_t c_stride);
   Tile tile;
+
+  // swiglu.simd.cpp. Numbers first..last-1, each tensor of its own kind.
+  void (*swiglu)(Reals gate, Reals up, int64_t first, int64_t last, Reals out);
+  void (*swiglu_backward)(Reals grad, Reals gate, Reals up, int64_t first, int64_t last, Reals to_gate, Reals to_up);
+  void (*exp)(const float* x, int64_t count, float* out);  // simd.h's exp, for its test
+
+  // rms_norm.simd.cpp. Rows first..last-1 of [rows, columns], columns > 0.
+  void (*rms_norm)(Reals x, const float* weight, float eps, int64_t columns, int64_t first, int64_t last, Reals y);
+  // Adds these rows' part to to_weight [columns], unless it is null.
+  void (*rms_norm_backward)(Reals grad, Reals x, const float* weight, float eps, int64_t columns, int64_t first,
+                            int64_t last, Reals to_x, float* to_weight);
+
+  // cross_entropy.simd.cpp. Rows first..last-1 of [rows, columns], labels in 0..columns-1.
+  void (*cross_entropy)(float* z, int64_t columns, const int64_t* labels, int64_t first, int64_t last, bool gradient,
+                        float* losses);
 };
 
 constexpr int few_rows_limit = 8;
-constexpr int64_t max_block = 4096;  // numbers; kernels keep a block on the stack
+constexpr int64_t few_rows_more = 128;  // floats: scratch memory and reordered rows are padded by so many
+constexpr int64_t max_block = 4096;     // numbers; kernels keep a block on the stack
 // A tile of the right operand in a product of many rows: 256 KiB of floats, half of a 512 KiB second-level cache.
 constexpr int64_t max_depth = 256, max_columns = 256;
 
@@ -56,11 +72,31 @@ const Kernels& kernels_of(Isa isa);
 int64_t quantize_4bit(Reals x, int64_t numel, int64_t block, const float* codebook, uint8_t* codes, float* absmax,
                       int threads);
 void dequantize_4bit(const Blocks4& w, Reals out, int threads);
-// y [rows, n] = x [rows, k] W^T + bias, W [n, k]; bias may be null.
-void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias, float* y,
-                 int threads);
-// gx [rows, k] = gy [rows, n] W.
-void linear_4bit_backward(const Blocks4& w, const float* gy, int64_t rows, int64_t k, int64_t n, float* gx,
-                          int threads);
+// A product of two thin matrices that is added to another: left [rows, rank] times right, whose number at depth d and
+// column c lies at right[d * depth_step + c * column_step]. Rank 0: nothing.
+struct LowRank {
+  const float* left = nullptr;
+  const float* right = nullptr;
+  int64_t rank = 0, depth_step = 0, column_step = 0;
+};
+// y [rows, n] = x [rows, k] W^T + bias + update, W [n, k]; bias may be null.
+void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias,
+                 const LowRank& update, float* y, int threads);
+// gx [rows, k] = gy [rows, n] W + update.
+void linear_4bit_backward(const Blocks4& w, const float* gy, int64_t rows, int64_t k, int64_t n, const LowRank& update,
+                          float* gx, int threads);
+// out = silu(gate) * up; computed in float32, each number rounded once to its tensor's kind.
+void swiglu(Reals gate, Reals up, int64_t numel, Reals out, int threads);
+void swiglu_backward(Reals grad, Reals gate, Reals up, int64_t numel, Reals to_gate, Reals to_up, int threads);
+// y [rows, columns] = weight * (x / sqrt(mean of a row's squares + eps)), weight [columns]; the normed x is rounded to
+// x's kind before it is multiplied.
+void rms_norm(Reals x, const float* weight, float eps, int64_t rows, int64_t columns, Reals y, int threads);
+// to_weight [columns] may be null.
+void rms_norm_backward(Reals grad, Reals x, const float* weight, float eps, int64_t rows, int64_t columns, Reals to_x,
+                       float* to_weight, int threads);
+// losses[row] = logsumexp(z[row]) - z[row, labels[row]] for logits z [rows, columns], columns > 0. z is overwritten, by
+// softmax(z) - onehot(labels) where the gradient is wanted.
+void cross_entropy(float* z, int64_t rows, int64_t columns, const int64_t* labels, bool gradient, float* losses,
+                   int threads);
 
 }  // namespace lilliput

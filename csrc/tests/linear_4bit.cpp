@@ -47,10 +47,12 @@ bool close(float got, double want, double magnitude, int64_t terms) {
   return std::fabs(got - want) <= 1.2e-7 * static_cast<double>(terms + 4) * (magnitude + 1e-30);
 }
 
-void check_forward(const Matrix& w, int64_t rows, int threads) {
+void check_forward(const Matrix& w, int64_t rows, int threads, int64_t rank = 0) {
   const std::vector<float> x = nasty::make("random", rows * w.columns), bias = nasty::make("ramp", w.rows);
+  const std::vector<float> left = nasty::make("random", rows * rank), right = nasty::make("ramp", w.rows * rank);
   std::vector<float> y(static_cast<size_t>(rows * w.rows), NAN);
-  linear_4bit(w.view(), x.data(), rows, w.columns, w.rows, bias.data(), y.data(), threads);
+  const LowRank update{left.data(), right.data(), rank, 1, rank};
+  linear_4bit(w.view(), x.data(), rows, w.columns, w.rows, bias.data(), update, y.data(), threads);
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t n = 0; n < w.rows; ++n) {
       double want = bias[static_cast<size_t>(n)], magnitude = std::fabs(want);
@@ -58,14 +60,20 @@ void check_forward(const Matrix& w, int64_t rows, int threads) {
         const double term = x[static_cast<size_t>(m * w.columns + k)] * w.at(n, k);
         want += term, magnitude += std::fabs(term);
       }
-      CHECK(close(y[static_cast<size_t>(m * w.rows + n)], want, magnitude, w.columns));
+      for (int64_t d = 0; d < rank; ++d) {
+        const double term = left[static_cast<size_t>(m * rank + d)] * double{right[static_cast<size_t>(n * rank + d)]};
+        want += term, magnitude += std::fabs(term);
+      }
+      CHECK(close(y[static_cast<size_t>(m * w.rows + n)], want, magnitude, w.columns + rank));
     }
 }
 
-void check_backward(const Matrix& w, int64_t rows, int threads) {
+void check_backward(const Matrix& w, int64_t rows, int threads, int64_t rank = 0) {
   const std::vector<float> gy = nasty::make("random", rows * w.rows);
+  const std::vector<float> left = nasty::make("random", rows * rank), right = nasty::make("ramp", w.columns * rank);
   std::vector<float> gx(static_cast<size_t>(rows * w.columns), NAN);
-  linear_4bit_backward(w.view(), gy.data(), rows, w.columns, w.rows, gx.data(), threads);
+  const LowRank update{left.data(), right.data(), rank, w.columns, 1};
+  linear_4bit_backward(w.view(), gy.data(), rows, w.columns, w.rows, update, gx.data(), threads);
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t k = 0; k < w.columns; ++k) {
       double want = 0, magnitude = 0;
@@ -73,7 +81,12 @@ void check_backward(const Matrix& w, int64_t rows, int threads) {
         const double term = gy[static_cast<size_t>(m * w.rows + n)] * w.at(n, k);
         want += term, magnitude += std::fabs(term);
       }
-      CHECK(close(gx[static_cast<size_t>(m * w.columns + k)], want, magnitude, w.rows));
+      for (int64_t d = 0; d < rank; ++d) {
+        const size_t at = static_cast<size_t>(d * w.columns + k);
+        const double term = left[static_cast<size_t>(m * rank + d)] * double{right[at]};
+        want += term, magnitude += std::fabs(term);
+      }
+      CHECK(close(gx[static_cast<size_t>(m * w.columns + k)], want, magnitude, w.rows + rank));
     }
 }
 
@@ -101,6 +114,16 @@ TEST(gradients_to_the_input) {
     }
 }
 
+TEST(with_a_low_rank_update) {
+  for (const Shape& shape : kShapes)
+    for (int64_t rank : {1, 5, 16, 300})
+      for (int64_t rows : {0, 1, 8, 9, 29}) {
+        const Matrix w(shape.rows, shape.columns, true);
+        check_forward(w, rows, 2, rank);
+        check_backward(w, rows, 2, rank);
+      }
+}
+
 TEST(deeper_than_a_tile) {
   const Matrix w(24, 640, true);
   check_forward(w, 11, 1);
@@ -109,8 +132,8 @@ TEST(deeper_than_a_tile) {
 
 TEST(more_rows_than_fit_the_scratch_memory) {
   const Matrix w(3, 64, false);
-  check_forward(w, 2048 + 5, 2);
-  check_backward(w, 2048 + 5, 2);
+  check_forward(w, 2048 + 5, 2, 4);
+  check_backward(w, 2048 + 5, 2, 4);
 }
 
 TEST(results_do_not_depend_on_threads) {
@@ -118,9 +141,9 @@ TEST(results_do_not_depend_on_threads) {
   for (int64_t rows : {1, 4, 30}) {
     const std::vector<float> x = nasty::make("random", rows * w.columns);
     std::vector<float> one(static_cast<size_t>(rows * w.rows)), many = one;
-    linear_4bit(w.view(), x.data(), rows, w.columns, w.rows, nullptr, one.data(), 1);
+    linear_4bit(w.view(), x.data(), rows, w.columns, w.rows, nullptr, {}, one.data(), 1);
     for (int threads : {2, 3, 7}) {
-      linear_4bit(w.view(), x.data(), rows, w.columns, w.rows, nullptr, many.data(), threads);
+      linear_4bit(w.view(), x.data(), rows, w.columns, w.rows, nullptr, {}, many.data(), threads);
       CHECK(many == one);
     }
   }

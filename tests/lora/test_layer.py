@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lilliput import kernels
 from lilliput.errors import FormatError
+from lilliput.layers import QuantizedLinear
 from lilliput.lora.layer import LoraEmbedding, LoraLayer, LoraLinear, TrainedCopy
 
 IN, OUT = 6, 10
@@ -190,3 +192,81 @@ def test_a_trained_copy_is_the_module_in_use() -> None:
     assert torch.equal(wrapper(torch.ones(1, IN)), wrapper.modules_to_save["a"].bias[None])
     with pytest.raises(AttributeError):
         _ = wrapper.no_such_thing
+
+
+def quantized(bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    return QuantizedLinear.from_linear(nn.Linear(64, 48, bias=bias))
+
+
+class Calls:
+    """Stands before kernels.lora_linear_4bit and counts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.operation = 0, kernels.lora_linear_4bit
+        monkeypatch.setattr(kernels, "lora_linear_4bit", self)
+
+    def __call__(self, *args: Any) -> Tensor:
+        self.count += 1
+        return self.operation(*args)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_operation_over_a_quantized_base_equals_the_parts(
+    monkeypatch: pytest.MonkeyPatch, rows: int, bias: bool
+) -> None:
+    layer, calls = attached(quantized(bias)), Calls(monkeypatch)
+    x = torch.randn(2, rows, 64, requires_grad=True)
+    wanted = [x, *layer.tensors("a").values()]
+    y = layer(x)
+    assert calls.count == 1
+    layer.lora_A["a"].register_forward_hook(lambda *_: None)  # somebody listens: part by part
+    parts = layer(x)
+    assert calls.count == 1
+    torch.testing.assert_close(y, parts, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(y)
+    for one, two in zip(torch.autograd.grad(y, wanted, grad), torch.autograd.grad(parts, wanted, grad), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-4)
+
+
+def test_dropout_on_a_quantized_base_acts_in_training_and_is_one_operation_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, calls = attached(quantized(), dropout=0.5), Calls(monkeypatch)
+    x = torch.randn(20, 64)
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    assert calls.count == 0
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    assert calls.count == 2
+
+
+def test_what_is_not_one_operation_goes_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch)
+    x = torch.randn(3, 64)
+    layer = attached(quantized())
+    plain = layer(x)
+    assert calls.count == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.allclose(layer(x), plain, atol=0.5)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    attach(layer, "b", 2, 7)
+    two = layer(x)
+    layer.active = ()
+    assert torch.equal(layer(x), layer.base_layer(x))
+    layer.active = ("a", "b")
+    layer.merge(("a", "b"), torch.float32)
+    assert torch.allclose(layer(x), two, atol=1e-4)
+    attached(nn.Linear(64, 48))(x)
+    assert calls.count == 1
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_B"])
+def test_a_hook_on_a_part_is_called(part: str) -> None:
+    layer, heard = attached(quantized()), []
+    module = layer.base_layer if part == "base_layer" else layer.lora_B["a"]
+    module.register_forward_hook(lambda *_: heard.append(part))
+    layer(torch.randn(3, 64))
+    assert heard == [part]

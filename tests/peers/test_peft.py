@@ -286,8 +286,9 @@ def test_peft_trains_saves_and_loads_over_our_quantized_layers(targets: list[str
     assert torch.equal(logits(again), logits(theirs))
     ours = quantized_llama()
     lora.load_adapter(ours, tmp_path)
-    assert torch.equal(logits(ours), logits(theirs))
+    # ours is one operation, which adds the update inside the product's sums: another order of the same roundings
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-6)
     assert isinstance(ours.model.layers[0].self_attn.q_proj.base_layer, QuantizedLinear)
     lora.save_adapter(ours, tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(quantized_llama(), tmp_path / "ours")
-    assert torch.equal(logits(back), logits(ours))
+    assert torch.equal(logits(back), logits(theirs))

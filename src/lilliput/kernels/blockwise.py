@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lilliput.formats import DYNAMIC8, Format, QuantizedTensor, get_format
 from lilliput.formats import blockwise as reference
+from lilliput.kernels import core as compiled
 from lilliput.kernels import dispatch
 
 
@@ -120,7 +121,8 @@ def core_arguments(
     """A quantized tensor as the compiled core takes it: codes, codebook, block, absmax and its double quantization."""
     row = get_format(format)
     book = None if absmax_scale is None else DYNAMIC8.codebook()
-    return codes.contiguous(), row.codebook(), row.block, absmax.contiguous(), book, absmax_scale, absmax_offset
+    codes_, codebook, *constants = compiled.arrays(codes, row.codebook(), absmax, book, absmax_scale, absmax_offset)
+    return codes_, codebook, row.block, *constants
 
 
 DEQUANTIZE = dispatch.define(

@@ -10,6 +10,8 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 _SLOWER = (
     "Lilliput runs without its compiled core ({reason}): the results are the same, but products with 4-bit weights are "
@@ -49,6 +51,14 @@ def module() -> ModuleType | None:
     if loaded is None:
         _warn_once(reason)
     return loaded
+
+
+def arrays(*tensors: Tensor | None) -> list[object]:
+    """Tensors as the core takes them quickest: contiguous (copied only if they are not) and wrapped by DLPack here.
+
+    Left to itself the core asks each tensor's `__dlpack__`, a Python function: 3 us a tensor where this takes 0.2.
+    """
+    return [None if tensor is None else to_dlpack(tensor.detach().contiguous()) for tensor in tensors]
 
 
 @cache

@@ -1,6 +1,7 @@
 """y = x dequantize(W)^T + bias with W in 4 bits, and the gradient to x (and bias); W is frozen.
 
-Source: QLoRA, arXiv 2305.14314, equation 5. Kernel: csrc/ops/linear_4bit.cpp. Not here: the low-rank update beside it.
+Source: QLoRA, arXiv 2305.14314, equation 5. Kernel: csrc/ops/linear_4bit.cpp. Not here: the low-rank update beside it
+(lora_linear_4bit.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lilliput.formats import blockwise as formats
 from lilliput.formats.format import get_format
 from lilliput.kernels import dispatch
 from lilliput.kernels.blockwise import core_arguments
+from lilliput.kernels.core import arrays
 
 
 def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
@@ -33,6 +35,14 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     Raises:
         FormatError: q is not a matrix, x or bias do not fit it, or x is of another dtype.
     """
+    check(x, q, bias)
+    return torch.ops.lilliput.linear_4bit(
+        x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, q.format.name, q.shape[0]
+    )
+
+
+def check(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> None:
+    """Raise FormatError when x [..., in] or bias [out] do not fit a quantized matrix, or x is of another dtype."""
     if x.dtype not in (*formats.FLOATS, torch.float64):
         raise FormatError(f"x is {x.dtype}; a product with a 4-bit matrix takes float32, bfloat16, float16 or float64")
     if len(q.shape) != 2 or x.shape[-1:] != q.shape[1:]:
@@ -41,15 +51,12 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
         )
     if bias is not None and bias.shape != q.shape[:1]:
         raise FormatError(f"bias is {list(bias.shape)}, the quantized matrix {list(q.shape)} needs [{q.shape[0]}]")
-    return torch.ops.lilliput.linear_4bit(
-        x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, q.format.name, q.shape[0]
-    )
 
 
 # ---- the reference: three lines ----
 
 
-def _linear(
+def reference(
     x: Tensor,
     codes: Tensor,
     absmax: Tensor,
@@ -60,12 +67,14 @@ def _linear(
     out_features: int,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        weight = _dense(codes, absmax, absmax_scale, absmax_offset, format, (out_features, x.shape[-1]), _compute(x))
+        weight = _dense(
+            codes, absmax, absmax_scale, absmax_offset, format, (out_features, x.shape[-1]), compute_type(x)
+        )
         added = None if bias is None else bias.to(weight.dtype)
         return torch.nn.functional.linear(x.to(weight.dtype), weight, added).to(x.dtype)
 
 
-def _linear_backward(
+def backward_reference(
     grad: Tensor,
     codes: Tensor,
     absmax: Tensor,
@@ -76,7 +85,7 @@ def _linear_backward(
 ) -> Tensor:
     with torch.autocast(grad.device.type, enabled=False):
         shape = (grad.shape[-1], in_features)
-        weight = _dense(codes, absmax, absmax_scale, absmax_offset, format, shape, _compute(grad))
+        weight = _dense(codes, absmax, absmax_scale, absmax_offset, format, shape, compute_type(grad))
         return (grad.to(weight.dtype) @ weight).to(grad.dtype)
 
 
@@ -93,7 +102,8 @@ def _dense(
     return formats.dequantize_blocks(codes, constants, get_format(format), shape, dtype)
 
 
-def _compute(x: Tensor) -> torch.dtype:
+def compute_type(x: Tensor) -> torch.dtype:
+    """What a product with x is computed in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -128,7 +138,7 @@ def _linear_backward_fake(
 # ---- the compiled core ----
 
 
-def _linear_core(
+def by_core(
     core: ModuleType,
     x: Tensor,
     codes: Tensor,
@@ -138,16 +148,20 @@ def _linear_core(
     bias: Tensor | None,
     format: str,
     out_features: int,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> Tensor:
-    rows = _rows(x)
+    """`left` float32 [rows, r] and `right` float32 [out, r], both or neither: left right^T is added to the product."""
+    rows = float_rows(x)
     y = rows.new_empty((rows.shape[0], out_features))
     added = None if bias is None else bias.detach().float().contiguous()
     packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
-    core.linear_4bit(rows, *packed, added, y, torch.get_num_threads())
+    x_, added_, left_, right_, y_ = arrays(rows, added, left, right, y)
+    core.linear_4bit(x_, *packed, added_, left_, right_, y_, torch.get_num_threads())
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
-def _linear_backward_core(
+def backward_by_core(
     core: ModuleType,
     grad: Tensor,
     codes: Tensor,
@@ -156,41 +170,45 @@ def _linear_backward_core(
     absmax_offset: Tensor | None,
     format: str,
     in_features: int,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> Tensor:
-    rows = _rows(grad)
+    """`left` float32 [rows, r] and `right` float32 [r, in], both or neither: left right is added to the gradient."""
+    rows = float_rows(grad)
     gx = rows.new_empty((rows.shape[0], in_features))
     packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
-    core.linear_4bit_backward(rows, *packed, gx, torch.get_num_threads())
+    grad_, left_, right_, gx_ = arrays(rows, left, right, gx)
+    core.linear_4bit_backward(grad_, *packed, left_, right_, gx_, torch.get_num_threads())
     return gx.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 
-def _rows(x: Tensor) -> Tensor:
+def float_rows(x: Tensor) -> Tensor:
     """float32 [rows, columns], contiguous, without a gradient."""
-    return _matrix(x.detach()).float().contiguous()
+    return matrix(x.detach()).float().contiguous()
 
 
-def _matrix(x: Tensor) -> Tensor:
+def matrix(x: Tensor) -> Tensor:
     """[..., columns] as [rows, columns]; -1 would not do for an empty x."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _core_knows(x: Tensor, *others: Any) -> bool:
+def core_knows(x: Tensor, *others: Any) -> bool:
     return x.dtype in formats.FLOATS
 
 
 # ---- registration ----
 
-_PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset"
+PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset"
 LINEAR = dispatch.define(
-    f"linear_4bit(Tensor x, {_PACKED}, Tensor? bias, str format, SymInt out_features) -> Tensor", _linear, _linear_fake
+    f"linear_4bit(Tensor x, {PACKED}, Tensor? bias, str format, SymInt out_features) -> Tensor", reference, _linear_fake
 )
 BACKWARD = dispatch.define(
-    f"linear_4bit_backward(Tensor grad, {_PACKED}, str format, SymInt in_features) -> Tensor",
-    _linear_backward,
+    f"linear_4bit_backward(Tensor grad, {PACKED}, str format, SymInt in_features) -> Tensor",
+    backward_reference,
     _linear_backward_fake,
 )
-dispatch.register_core(LINEAR, _linear, _linear_core, _core_knows)
-dispatch.register_core(BACKWARD, _linear_backward, _linear_backward_core, _core_knows)
+dispatch.register_core(LINEAR, reference, by_core, core_knows)
+dispatch.register_core(BACKWARD, backward_reference, backward_by_core, core_knows)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -205,7 +223,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         to_x = torch.ops.lilliput.linear_4bit_backward(grad, *ctx.saved_tensors, ctx.format, ctx.in_features)
     if ctx.needs_input_grad[5]:
-        to_bias = _matrix(grad).sum(dim=0, dtype=_compute(grad)).to(ctx.bias_dtype)
+        to_bias = matrix(grad).sum(dim=0, dtype=compute_type(grad)).to(ctx.bias_dtype)
     return to_x, None, None, None, None, to_bias, None, None
 
 

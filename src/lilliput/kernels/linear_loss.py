@@ -9,18 +9,24 @@ vocabulary numbers, three times over. Here z exists for one chunk of labelled ro
 to h is computed from it, so that backward is one multiplication by a scalar. The head is usually frozen, and its
 gradient is computed only when it is wanted.
 
+Kernel: csrc/ops/cross_entropy.simd.cpp (the softmax; the products are torch's).
 Source: the idea of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009, section 4,
 without its sparsity trick. Not here: choosing the labelled rows (training/trainer.py does), soft-capped logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lilliput.errors import FormatError
+from lilliput.kernels import dispatch
+from lilliput.kernels.core import arrays
 
 CHUNK_BYTES = (
     64 << 20
@@ -68,7 +74,31 @@ def _require(holds: bool, what: str) -> None:
         raise FormatError(what, where="linear_loss")
 
 
-def _reference(
+# ---- the softmax of a chunk: by torch, and by the compiled core ----
+
+
+def _softmax(z: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+    """The sum of the cross entropies of logits z [rows, v] as float64; z becomes the gradient where it is wanted."""
+    y = labels.unsqueeze(1)
+    norm = z.logsumexp(1, keepdim=True)
+    total = (norm - z.gather(1, y)).sum(dtype=torch.float64)
+    if gradient:
+        z.sub_(norm).exp_().scatter_add_(1, y, z.new_full((), -1.0).expand_as(y))
+    return total
+
+
+def _softmax_core(core: ModuleType, z: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+    losses = z.new_empty(z.shape[0])
+    z_, labels_, losses_ = arrays(z, labels, losses)
+    core.cross_entropy(z_, labels_, gradient, losses_, torch.get_num_threads())
+    return losses.sum(dtype=torch.float64)
+
+
+# ---- the operation ----
+
+
+def _loss(
+    softmax: Callable[[Tensor, Tensor, bool], Tensor],
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -86,24 +116,30 @@ def _reference(
     buffer = hidden.new_empty(min(chunk, rows), vocabulary)
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
-        h, y = hidden[part], labels[part].unsqueeze(1)
+        h = hidden[part]
         z = torch.mm(h, weight.t(), out=buffer[: h.shape[0]]).to(exact)
         if bias is not None:
             z += bias
-        norm = z.logsumexp(1, keepdim=True)
-        loss += (norm - z.gather(1, y)).sum(dtype=torch.float64)
-        if not (wants_hidden or wants_weight or wants_bias):
-            continue
-        dz = z.sub_(norm).exp_()
-        dz.scatter_add_(1, y, dz.new_full((), -1.0).expand_as(y))
+        loss += softmax(z, labels[part], wants_hidden or wants_weight or wants_bias)
         if wants_bias:
-            grad_bias += dz.sum(0)
-        dz = dz.to(weight.dtype)
+            grad_bias += z.sum(0)
+        dz = z.to(weight.dtype)
         if wants_hidden:
             torch.mm(dz, weight, out=grad_hidden[part])
         if wants_weight:
             grad_weight.addmm_(dz.t(), h)
     return loss.to(hidden.dtype), grad_hidden, grad_weight, grad_bias
+
+
+_reference = partial(_loss, _softmax)
+
+
+def _by_core(core: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _loss(partial(_softmax_core, core), *args)
+
+
+def _core_knows(hidden: Tensor, weight: Tensor, *others: Any) -> bool:
+    return torch.promote_types(hidden.dtype, torch.float32) == torch.float32 and weight.shape[0] > 0
 
 
 def _gradients(
@@ -143,6 +179,11 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     return hidden, weight, None, bias, None, None, None, None
 
 
-_linear_loss = torch.library.custom_op("lilliput::linear_loss", _reference, mutates_args=())
-_linear_loss.register_fake(_fake)
-_linear_loss.register_autograd(_backward, setup_context=_setup_context)
+LINEAR_LOSS = dispatch.define(
+    "linear_loss(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, SymInt chunk, bool wants_hidden,"
+    " bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    _reference,
+    _fake,
+)
+dispatch.register_core(LINEAR_LOSS, _reference, _by_core, _core_knows)
+torch.library.register_autograd(LINEAR_LOSS, _backward, setup_context=_setup_context, lib=dispatch.LIBRARY)

@@ -7,6 +7,7 @@ For a frozen weight W [out, in] and input x the layer computes, over the active 
 with A random and B zero at the start, so that training begins at the base's own output. rsLoRA (arXiv 2312.03732)
 takes s = alpha / sqrt(r), so that the update does not shrink with the rank. A and B are float32 whatever the base.
 The base is any module with `in_features` and `out_features` (dense or quantized), a Conv1D, or an Embedding.
+One adapter on a quantized base is one operation on a CPU (kernels/lora_linear_4bit.py), equal to rounding.
 State keys are PEFT's: `base_layer.*`, `lora_A.<name>.weight`, `lora_embedding_A.<name>`, `modules_to_save.<name>.*`.
 Not here: which modules are wrapped (targets.py), which adapters are active (adapters.py).
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from lilliput import kernels
 from lilliput.errors import FormatError
 from lilliput.layers import QuantizedLinear
 
@@ -171,6 +173,8 @@ class LoraLinear(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """h = W x + sum of s B A dropout(x) over the active adapters."""
+        if not args and not kwargs and self._is_one_operation(x):
+            return self._in_one(x)
         result = self.base_layer(x, *args, **kwargs)
         if self.merged or not self.active:
             return result
@@ -179,6 +183,29 @@ class LoraLinear(LoraLayer):
             a, b = self.lora_A[name], self.lora_B[name]
             result = result + b(a(self.lora_dropout[name](x.to(self._weights(name)[0].dtype)))) * self.scaling[name]
         return result.to(dtype)
+
+    def _is_one_operation(self, x: Tensor) -> bool:
+        """Whether h is what kernels.lora_linear_4bit computes: one adapter without dropout on a quantized base.
+
+        Elsewhere than on a CPU in float32, under autocast, and where somebody listens with hooks or took a layer's
+        place, the parts are called one by one.
+        """
+        if self.merged or len(self.active) != 1 or type(self.base_layer) is not QuantizedLinear:
+            return False
+        name = self.active[0]
+        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        return (
+            x.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+            and x.dtype == torch.float32
+            and (isinstance(dropout, nn.Identity) or not dropout.training)
+            and type(a) is type(b) is nn.Linear
+            and not any(_is_listened_to(module) for module in (self.base_layer, a, b, dropout))
+        )
+
+    def _in_one(self, x: Tensor) -> Tensor:
+        name, base = self.active[0], self.base_layer
+        return kernels.lora_linear_4bit(x, base.quantized, *self._weights(name), self.scaling[name], base.bias)
 
 
 class LoraEmbedding(LoraLayer):
@@ -263,6 +290,17 @@ class TrainedCopy(nn.Module):
             if "original_module" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.in_use(), name)
+
+
+def _is_listened_to(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its class's forward: hooks, or a forward of its own (accelerate's)."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in module.__dict__
 
 
 def _unset_linear(in_features: int, out_features: int, device: torch.device) -> nn.Linear:

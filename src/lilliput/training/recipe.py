@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from lilliput.errors import UsageError, nearest
@@ -96,11 +96,21 @@ class TrainSection(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's memory of the squared gradient")
     max_grad_norm: float = Field(1.0, ge=0, description="longer gradients are scaled down to it; 0: never")
     gradient_checkpointing: bool = Field(False, description="compute activations twice and keep few: a third slower")
+    reuse_prefix: Literal["auto", "on", "off"] = Field(
+        "auto", description="run the layers below the lowest trained one once a row and keep their output over epochs"
+    )
+    prefix_memory_gb: float = Field(1.0, ge=0, description="of that output kept in memory, in 10^9 bytes; then a file")
+    prefix_cache_gb: float = Field(8.0, ge=0, description="of that output kept in all, in memory and in the file")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in a run")
     early_stop: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
     keep_best: bool = Field(True, description="the adapter is the one with the lowest evaluation loss, not the last")
     save_every: int = Field(50, ge=1, description="steps between checkpoints; Ctrl-C and kill lose at most so many")
     seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, dropout, order and the held-out share")
+
+    @field_validator("reuse_prefix", mode="before")
+    @classmethod
+    def _yaml_reads_on_as_true(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class Recipe(Section):

@@ -171,6 +171,7 @@ class RunResult:
         skipped_rows: broken, left out; overlong_rows: longer than `data.max_length`, dropped or truncated.
         footprint_bytes: memory of the base. trainable: weights that were trained.
         total_seconds: of this call, with loading, checks and evaluation.
+        prefix: what became of the frozen layers below the adapter; None where there are none.
     """
 
     out: Path
@@ -192,6 +193,7 @@ class RunResult:
     footprint_bytes: int
     trainable: int
     total_seconds: float
+    prefix: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -264,6 +266,8 @@ def _what(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:
             f"{result.tokens:,} tokens in {result.seconds:,.0f} s, {result.train_tokens_per_second:,.0f} a second",
         ),
     ]
+    if result.prefix is not None:
+        rows.append(("frozen prefix", result.prefix))
     if result.eval_loss is not None:
         before = f", {result.eval_loss_before:.4f} before training" if result.eval_loss_before is not None else ""
         rows.insert(0, ("held-out loss", f"**{result.eval_loss:.4f}**{before}"))

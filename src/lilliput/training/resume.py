@@ -44,7 +44,7 @@ _KEEP = 2  # checkpoints, beside the best: a damaged disk block in one is not th
 _NEEDED = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 # What a run writes into its folder; `overwrite` removes these and nothing else.
 _OURS = ("checkpoints", "adapter", "recipe.yaml", "versions.json", "metrics.jsonl", "loss.png", "report.md",
-         "skipped_rows.jsonl", RUN_FILE)  # fmt: skip
+         "skipped_rows.jsonl", "prefix.cache", RUN_FILE)  # fmt: skip
 
 
 class Interrupted(LilliputError):

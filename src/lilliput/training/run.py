@@ -9,7 +9,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from lilliput.lora import LoraConfig, Passport, add_adapter, make_passport, save
 from lilliput.models import load_model, load_tokenizer
 from lilliput.progress import bar, say, warn
 from lilliput.training.checks import CheckResult, require, run_checks
+from lilliput.training.fused import fused
+from lilliput.training.prefix import plan
 from lilliput.training.recipe import Recipe, TrainSection
 from lilliput.training.report import Journal, RunResult, plot, read_journal, write_report, write_versions
 from lilliput.training.resume import (
@@ -97,6 +99,7 @@ def tune(
             warn(f"this run goes on with other versions, so not bit for bit: {'; '.join(other)}")
         rows = _read(data, eval_data, tokenizer, recipe, out, progress)
         base = load_base(model, recipe, progress=progress)
+        held.enter_context(fused(base))
         passport = make_passport(base, tokenizer, rows.whole.sha256)
         _same_base(out, passport)
         _within_positions(base, [*rows.train, *rows.held_out])
@@ -123,7 +126,8 @@ def check_data(model: str, data: str | Path, recipe: Recipe, *, progress: bool =
         )  # fmt: skip
         base = load_base(model, recipe, progress=progress)
         _within_positions(base, rows.examples)
-        return run_checks(base, tokenizer, rows, show=progress, progress=progress)
+        with fused(base):
+            return run_checks(base, tokenizer, rows, show=progress, progress=progress)
 
 
 def load_base(model: str, recipe: Recipe, *, progress: bool = True) -> PreTrainedModel:
@@ -271,9 +275,14 @@ def _train(
     arguments = make_arguments(
         train, str(checkpoints.staging), steps, evaluate=bool(held_out), resumed=checkpoint is not None
     )
-    with interrupts() as interrupted, bar("training", steps, shown=progress) as advance:
+    over = _is_over(state, steps, train)
+    with (
+        nullcontext() if over else _reused_prefix(loss, tokenizer, rows, held_out, recipe, out, progress),
+        interrupts() as interrupted,
+        bar("training", steps, shown=progress) as advance,
+    ):
         journal = Journal(out / "metrics.jsonl", advance, from_step=state.global_step)
-        if not _is_over(state, steps, train):
+        if not over:
             trainer = LabelTrainer(
                 loss,
                 arguments,
@@ -294,6 +303,29 @@ def _train(
     load_trained(loss, checkpoints.at(keep))
     loss.eval()
     return keep
+
+
+@contextmanager
+def _reused_prefix(
+    loss: LabelLoss, tokenizer: PreTrainedTokenizerBase, rows: list[Pack], held_out: list[Pack], recipe: Recipe,
+    out: Path, progress: bool,
+) -> Iterator[None]:  # fmt: skip
+    """Inside the block `loss` reuses its frozen prefix where that pays; the run remembers what became of it."""
+    train = recipe.train
+    once = count_steps(len(rows), train.model_copy(update={"epochs": 1, "max_steps": None}))
+    again = count_steps(len(rows), train) > once
+    planned = plan(loss, [*rows, *held_out], train, again, out, pad_id(tokenizer, loss.model))
+    if planned.said and progress:
+        say(planned.said)
+    loss.prefix = planned.prefix
+    try:
+        yield
+        said = planned.said if planned.prefix is None else str(planned.prefix)
+        write_json(out / RUN_FILE, {**read_json(out / RUN_FILE), "prefix": said})
+    finally:
+        loss.prefix = None
+        if planned.prefix is not None:
+            planned.prefix.close()
 
 
 def _is_over(state: TrainerState, steps: int, train: TrainSection) -> bool:
@@ -333,6 +365,7 @@ def _result(model: PreTrainedModel, data: _Data, out: Path, best_step: int, seco
         footprint_bytes=base_footprint(model),
         trainable=trainable_parameters(model)[0],
         total_seconds=seconds,
+        prefix=read_json(out / RUN_FILE).get("prefix"),
     )
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from lilliput.progress import warn
 from lilliput.training.attention import block_by_block, blocks_of, longest_block, works_in_blocks
 from lilliput.training.recipe import TrainSection
 
+if TYPE_CHECKING:
+    from lilliput.training.prefix import Prefix
+
 Batch: TypeAlias = dict[str, Tensor]
 Collate: TypeAlias = Callable[[Sequence[Pack], int], Batch]
 
@@ -46,6 +49,9 @@ class LabelLoss(nn.Module):
         model: the language model, adapters attached.
         direct: whether head(hidden) are its logits, as `head_is_plain` finds out; else the model's own logits are
             taken, at the positions that are labelled in any row of the batch.
+
+    Attributes:
+        prefix: set while the frozen lower layers are reused (prefix.py).
     """
 
     accepts_loss_kwargs = True  # asks the Trainer to count the labels of the whole accumulated batch
@@ -57,6 +63,7 @@ class LabelLoss(nn.Module):
         self.direct = head_is_plain(model) if direct is None else direct
         sample = collate([_SAMPLE], 0)
         self.in_blocks = works_in_blocks(model, additive(sample["attention_mask"], model.dtype), sample["position_ids"])
+        self.prefix: Prefix | None = None
 
     def forward(
         self,
@@ -66,6 +73,7 @@ class LabelLoss(nn.Module):
         position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         tokens: Tensor | None = None,
+        packs: Sequence[Pack] | None = None,
     ) -> dict[str, Tensor]:
         """The loss of one batch.
 
@@ -76,8 +84,26 @@ class LabelLoss(nn.Module):
             position_ids: int64 [rows, tokens]; None: counted from 0 in each row.
             num_items_in_batch: what the sum of cross entropies is divided by; None: the labels of this batch.
             tokens: how many tokens are no padding; not needed here.
+            packs: the rows themselves, by which the frozen prefix knows them; None: all layers run.
 
         Returns: {"loss": scalar}.
+        """
+        wanted = labels[:, 1:]  # the token at t is predicted from t - 1
+        with (
+            self.called(input_ids, attention_mask, position_ids) as plain,
+            self.prefix.reused(plain, packs) if self.prefix and packs else nullcontext(plain) as inputs,
+        ):
+            total = self._direct(inputs, wanted) if self.direct else self._own_logits(inputs, wanted)
+        count = wanted.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
+        return {"loss": total / count}
+
+    @contextmanager
+    def called(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """What the model is to be called with for a batch; inside the block its attention is the one for it.
+
+        The arguments are those of `forward`.
         """
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
@@ -85,13 +111,9 @@ class LabelLoss(nn.Module):
             "position_ids": position_ids,
             "use_cache": False,
         }
-        wanted = labels[:, 1:]  # the token at t is predicted from t - 1
         blocks = self._blocks(position_ids)
         with block_by_block(self.model) if blocks else nullcontext():
-            inputs |= {"blocks": blocks} if blocks else {}
-            total = self._direct(inputs, wanted) if self.direct else self._own_logits(inputs, wanted)
-        count = wanted.ne(NO_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
-        return {"loss": total / count}
+            yield {**inputs, "blocks": blocks} if blocks else inputs
 
     def _blocks(self, position_ids: Tensor | None) -> list[list[int]] | None:
         """The sequences of a packed batch, where attention can take them one by one."""
@@ -205,7 +227,12 @@ class LabelTrainer(Trainer):
     """The Trainer of a run. `model` is a LabelLoss; datasets hold Packs."""
 
     def __init__(self, model: LabelLoss, args: TrainingArguments, *, pad_token_id: int, **kwargs: Any) -> None:
-        super().__init__(model=model, args=args, data_collator=lambda packs: batch_of(packs, pad_token_id), **kwargs)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda packs: {**batch_of(packs, pad_token_id), "packs": packs},
+            **kwargs,
+        )
         self.remove_callback(PrinterCallback)
         self.loss = model
         self.step_tokens = 0  # since the journal took them last

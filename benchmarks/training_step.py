@@ -1,0 +1,109 @@
+"""A LoRA training step beside its peers: time, tokens a second, peak memory.
+
+r 16 on all seven linear layers of SmolLM2-135M, 4 rows of 256 tokens, every token a label, AdamW. Each stack runs in a
+process of its own; a round's figure is the median of its steps, the first left out.
+Peers: PEFT on a float32 base and on bitsandbytes NF4 (double quantization, float32 compute).
+
+    python benchmarks/training_step.py [--rounds 3] [--steps 3] [--stacks lilliput ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common import Report, Side, compare, in_process, main, memory, not_installed
+from lilliput.data import Pack
+from lilliput.lora import LoraConfig, add_adapter
+from lilliput.models import load_model
+from lilliput.training.fused import fused
+from lilliput.training.trainer import LabelLoss, batch_of
+from peers import LORA, MODEL, dense_checkpoint, load_bitsandbytes, load_dense
+
+ROWS, TOKENS = 4, 256
+STACKS = {
+    "lilliput": "Lilliput, NF4",
+    "lilliput-plain": "Lilliput, NF4, norms and activations unfused",
+    "lilliput-fp32": "Lilliput, float32 base",
+    "peft-bitsandbytes": "PEFT on bitsandbytes NF4",
+    "peft-fp32": "PEFT on a float32 base",
+}
+NEEDS = {"peft-bitsandbytes": ("peft", "bitsandbytes"), "peft-fp32": ("peft",)}
+
+
+def ours(stack: str, ids: Tensor) -> tuple[PreTrainedModel, Callable[[], Tensor]]:
+    """Our model and its loss, as `tune` trains it."""
+    model = load_model(MODEL, format="none" if stack.endswith("fp32") else "nf4", progress=False)
+    add_adapter(model, LoraConfig(**LORA))
+    loss = LabelLoss(model)
+    packs = [Pack(row, [True] * TOKENS, list(range(TOKENS)), [0] * TOKENS) for row in ids.tolist()]
+    return model, lambda: loss(**batch_of(packs, 0))["loss"]
+
+
+def theirs(stack: str, ids: Tensor, checkpoint: str) -> tuple[PreTrainedModel, Callable[[], Tensor]]:
+    """PEFT's model and transformers' own loss."""
+    import peft
+
+    base = load_dense(checkpoint) if stack.endswith("fp32") else load_bitsandbytes(checkpoint)
+    model = peft.get_peft_model(base, peft.LoraConfig(**LORA))
+    return model, lambda: model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
+
+
+def child(stack: str, steps: int, checkpoint: str) -> dict[str, Any]:
+    """The figures of a stack, in this process."""
+    torch.manual_seed(0)
+    ids = torch.randint(100, 40_000, (ROWS, TOKENS))
+    model, loss_of = ours(stack, ids) if stack.startswith("lilliput") else theirs(stack, ids, checkpoint)
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    loaded = memory()[0]
+    seconds, losses = [], []
+    with fused(model) if stack in ("lilliput", "lilliput-fp32") else nullcontext():
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            loss = loss_of()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds.append(time.perf_counter() - start)
+            losses.append(loss.item())
+            del loss
+    took = statistics.median(seconds[1:])
+    sizes = {"peak GB": memory()[0] / 1e9, "loaded GB": loaded / 1e9}
+    return {"seconds": took, **sizes, "tokens/s": ROWS * TOKENS / took, "first loss": losses[0]}
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """All stacks in turn."""
+    with tempfile.TemporaryDirectory(prefix="lilliput-") as folder:
+        checkpoint = dense_checkpoint(folder)
+        sides: dict[str, Side | str] = {}
+        for stack in arguments.stacks:
+            sides[STACKS[stack]] = not_installed(*NEEDS.get(stack, ())) or (
+                lambda stack=stack: in_process(__file__, stack=stack, steps=arguments.steps, checkpoint=checkpoint)
+            )
+        rows = compare(f"{ROWS} x {TOKENS} tokens", sides, arguments.rounds)
+    mine = tuple(STACKS[stack] for stack in arguments.stacks if stack.startswith("lilliput"))
+    better = {"seconds": "less", "peak GB": "less", "loaded GB": "", "tokens/s": "", "first loss": ""}
+    return Report(rows, better, ours=mine)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=3, help="timed steps a round")
+    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
+
+
+if __name__ == "__main__":
+    sys.exit(main(run, __file__, __doc__, options=options, quick={"steps": 1}, child=child))

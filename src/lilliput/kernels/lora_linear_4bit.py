@@ -1,0 +1,220 @@
+"""y = x dequantize(W)^T + bias + s (x A^T) B^T in one operation; gradients to x, A, B and bias. W is frozen, in 4 bits.
+
+Source: QLoRA, arXiv 2305.14314, equation 5, with LoRA's s (arXiv 2106.09685, section 4.1). With g the gradient to y:
+
+    to x = g W + s (g B) A          to A = s (g B)^T x          to B = s g^T (x A^T)
+
+The update is some more depth of the base's product: A and B stand beside W in its tiles, in forward and in the
+gradient to x, so that neither passes over its result twice. Backward keeps x once, s x A^T (r numbers a row), A, B and
+the packed weight.
+Not here: dropout before A and several adapters at once (lora/layer.py composes those), the base's product alone
+(linear_4bit.py).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilliput.errors import FormatError
+from lilliput.formats import QuantizedTensor
+from lilliput.kernels import dispatch
+from lilliput.kernels.linear_4bit import (
+    PACKED,
+    backward_by_core,
+    backward_reference,
+    by_core,
+    check,
+    compute_type,
+    core_knows,
+    float_rows,
+    matrix,
+    reference,
+)
+
+
+def lora_linear_4bit(
+    x: Tensor, q: QuantizedTensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None = None
+) -> Tensor:
+    """x [..., in] times a 4-bit matrix and a low-rank update of it, plus bias: float [..., out] of x's dtype.
+
+    Computed in float32 (float64 for a float64 x, by the reference) and rounded once to x's dtype, under autocast too.
+
+    Args:
+        x: [..., in]; float32, bfloat16, float16 or float64.
+        q: of shape (out, in), with or without double quantization.
+        a: floating [r, in].
+        b: floating [out, r].
+        scaling: s, what the update is multiplied by.
+        bias: [out], or None.
+
+    Raises:
+        FormatError: shapes that do not fit.
+    """
+    check(x, q, bias)
+    if a.dim() != 2 or b.dim() != 2 or (b.shape[0], a.shape[1]) != tuple(q.shape) or a.shape[0] != b.shape[1]:
+        raise FormatError(
+            f"A is {list(a.shape)} and B {list(b.shape)}; a quantized matrix {list(q.shape)} needs "
+            f"[r, {q.shape[1]}] and [{q.shape[0]}, r]"
+        )
+    return torch.ops.lilliput.lora_linear_4bit(
+        x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, a, b, scaling, q.format.name
+    )[0]
+
+
+# ---- the references ----
+
+
+def _lora_linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    """y, and s x A^T as [rows, r] in the type that is computed in."""
+    with torch.autocast(x.device.type, enabled=False):
+        wide, a, b = (t.to(compute_type(x)) for t in (x, a, b))
+        low = matrix(wide) @ a.T * scaling
+        y = reference(wide, codes, absmax, absmax_scale, absmax_offset, bias, format, b.shape[0])
+        return (y + (low @ b.T).view(y.shape)).to(x.dtype), low
+
+
+def _lora_linear_fake(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    low = x.new_empty((x.shape[:-1].numel(), a.shape[0]), dtype=compute_type(x))
+    return x.new_empty((*x.shape[:-1], b.shape[0])), low
+
+
+def _to_x(
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    low: Tensor,
+    a: Tensor,
+    format: str,
+) -> Tensor:
+    """grad W + low A, with low = s grad B as [rows, r]."""
+    with torch.autocast(grad.device.type, enabled=False):
+        base = backward_reference(grad, codes, absmax, absmax_scale, absmax_offset, format, a.shape[1])
+        return base + (low.to(base.dtype) @ a.to(base.dtype)).view(base.shape)
+
+
+def _to_x_fake(
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    low: Tensor,
+    a: Tensor,
+    format: str,
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], a.shape[1]))
+
+
+# ---- the compiled core ----
+
+
+def _lora_linear_core(
+    core: ModuleType,
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    format: str,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        rows, right = float_rows(x), float_rows(b)
+        low = (rows @ a.detach().float().T).mul_(scaling)
+        y = by_core(core, rows, codes, absmax, absmax_scale, absmax_offset, bias, format, b.shape[0], low, right)
+        return y.to(x.dtype).view(*x.shape[:-1], b.shape[0]), low
+
+
+def _to_x_core(
+    core: ModuleType,
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    low: Tensor,
+    a: Tensor,
+    format: str,
+) -> Tensor:
+    left, right = float_rows(low), float_rows(a)
+    return backward_by_core(core, grad, codes, absmax, absmax_scale, absmax_offset, format, a.shape[1], left, right)
+
+
+LORA_LINEAR = dispatch.define(
+    f"lora_linear_4bit(Tensor x, {PACKED}, Tensor? bias, Tensor a, Tensor b, float scaling, str format)"
+    " -> (Tensor, Tensor)",
+    _lora_linear,
+    _lora_linear_fake,
+)
+TO_X = dispatch.define(
+    f"lora_linear_4bit_backward(Tensor grad, {PACKED}, Tensor low, Tensor a, str format) -> Tensor", _to_x, _to_x_fake
+)
+dispatch.register_core(LORA_LINEAR, _lora_linear, _lora_linear_core, core_knows)
+dispatch.register_core(TO_X, _to_x, _to_x_core, core_knows)
+
+
+# ---- backward ----
+
+_X, _BIAS, _A, _B = 0, 5, 6, 7  # places among the arguments
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, codes, absmax, absmax_scale, absmax_offset, bias, a, b, ctx.scaling, ctx.format = inputs
+    wants = ctx.needs_input_grad
+    kept = (x if wants[_A] else None, output[1] if wants[_B] else None)
+    ctx.save_for_backward(*kept, a, b, codes, absmax, absmax_scale, absmax_offset)
+    ctx.mark_non_differentiable(output[1])
+    ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    with torch.autocast(grad.device.type, enabled=False):
+        x, low_forward, kept_a, kept_b, *packed = ctx.saved_tensors
+        wide = grad.to(compute_type(grad))
+        g, a, b = matrix(wide), kept_a.to(wide.dtype), kept_b.to(wide.dtype)
+        low = g @ b * ctx.scaling
+        wants = ctx.needs_input_grad
+        to: list[Tensor | None] = [None] * len(wants)
+        if wants[_X]:
+            to[_X] = torch.ops.lilliput.lora_linear_4bit_backward(wide, *packed, low, a, ctx.format).to(ctx.dtype)
+        if wants[_A]:
+            to[_A] = (low.T @ matrix(x).to(wide.dtype)).to(kept_a.dtype)
+        if wants[_B]:
+            to[_B] = (g.T @ low_forward.to(wide.dtype)).to(kept_b.dtype)
+        if wants[_BIAS]:
+            to[_BIAS] = g.sum(dim=0).to(ctx.bias_dtype)
+    return tuple(to)
+
+
+torch.library.register_autograd(LORA_LINEAR, _gradients, setup_context=_keep, lib=dispatch.LIBRARY)

@@ -1,0 +1,203 @@
+"""The benchmarks can be listed, imported and trusted to count: their common part on known numbers. No timings here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "benchmarks"
+NAMES = sorted(
+    file.stem for file in FOLDER.glob("*.py") if not file.stem.startswith("_") and file.stem not in ("common", "peers")
+)
+
+
+@pytest.fixture(autouse=True)
+def as_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The scripts import each other by their plain names, which are forgotten again afterwards."""
+    monkeypatch.syspath_prepend(FOLDER)
+    yield
+    for name in (*NAMES, "common", "peers"):
+        sys.modules.pop(name, None)
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_list_names_every_benchmark() -> None:
+    done = run("--list")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == NAMES
+    assert all(len(line.split()) > 3 for line in done.stdout.splitlines())
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    done = run("linear_4bits")
+    assert done.returncode == 2
+    assert "did you mean 'linear_4bit'?" in done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_a_script_with_run_and_a_docstring(name: str) -> None:
+    module = load(name)
+    assert module.__doc__
+    assert f"benchmarks/{name}.py" in module.__doc__
+    assert list(module.run.__annotations__) == ["arguments", "return"]
+
+
+def test_sides_are_measured_in_turn_and_a_missing_one_says_so() -> None:
+    common, order = load("common"), []
+
+    def side(who: str, figure: float) -> dict[str, float]:
+        order.append(who)
+        return {"ms": figure * len(order)}
+
+    sides = {"a": lambda: side("a", 1.0), "b": lambda: side("b", 10.0), "c": "not installed: c"}
+    a, b, c = common.compare("work", sides, 3)
+    assert order == ["a", "b"] * 3
+    assert (a.samples, b.samples, c.samples) == ({"ms": [1.0, 3.0, 5.0]}, {"ms": [20.0, 40.0, 60.0]}, {})
+    assert c.missing == "not installed: c"
+
+
+def test_a_side_whose_process_fails_is_a_row_that_says_so() -> None:
+    common = load("common")
+
+    def fails() -> dict[str, float]:
+        return common.in_process(str(FOLDER / "threads.py"), unknown=1)
+
+    (row,) = common.compare("work", {"a": fails}, 2)
+    assert row.missing.startswith("failed: TypeError")
+    assert not row.samples
+
+
+def report(common: ModuleType) -> object:
+    rows = [
+        common.Row("work", "Lilliput", {"ms": [1.0, 2.0, 4.0], "tokens/s": [9.0, 8.0, 7.0]}),
+        common.Row("work", "peer", {"ms": [3.0, 4.0, 4.0], "tokens/s": [3.0, 8.0, 14.0]}),
+        common.Row("work", "absent", missing="not installed: absent"),
+    ]
+    return common.Report(rows, {"ms": "less", "tokens/s": "more"}, notes=["a note"])
+
+
+def test_ratios_are_taken_round_by_round_and_above_one_where_ours_is_better() -> None:
+    common = load("common")
+    made = report(common)
+    mine, peer, absent = made.rows
+    assert common.ratios(made, peer, "Lilliput") == {
+        "ms": {"median": 2.0, "min": 1.0, "max": 3.0},  # 3/1, 4/2, 4/4
+        "tokens/s": {"median": 1.0, "min": 0.5, "max": 3.0},  # 9/3, 8/8, 7/14
+    }
+    assert common.ratios(made, mine, "Lilliput") == {}
+    assert common.ratios(made, absent, "Lilliput") == {}
+
+
+def test_table_and_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = load("common")
+    file = tmp_path / "new" / "work.json"
+    common.show("work", report(common), {"processor": "P"}, {"rounds": "3"}, file)
+    printed = capsys.readouterr().out
+    for part in ("x 2.00 (1.00–3.00); x 1.00 (0.50–3.00)", "not installed: absent", "a note", "processor P"):
+        assert part in printed
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert written["machine"] == {"processor": "P"}
+    assert [row["missing"] for row in written["rows"]] == ["", "", "not installed: absent"]
+    assert written["rows"][0]["figures"]["ms"] == {"median": 2.0, "min": 1.0, "max": 4.0, "rounds": [1.0, 2.0, 4.0]}
+    assert written["rows"][1]["ratios"]["Lilliput"]["ms"]["median"] == 2.0
+
+
+def test_no_ratio_column_without_a_comparison() -> None:
+    common = load("common")
+    table = common.table_of(common.Report([common.Row("w", "a", {"GB/s": [1234.5]})], {"GB/s": ""}), "t")
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table)
+    assert "better by" not in console.file.getvalue()
+    assert "1,234" in console.file.getvalue()
+
+
+def test_machine_names_what_figures_depend_on() -> None:
+    about = load("common").machine()
+    assert {"processor", "cores", "threads", "instruction set", "torch", "lilliput"} <= set(about)
+    assert about["threads"] >= 1
+
+
+def test_rates_are_work_over_time() -> None:
+    side = load("common").timed(lambda: sum(range(1000)), 0.001, **{"GFLOP/s": 5e9})
+    figures = side()
+    assert figures["GFLOP/s"] * figures["ms"] / 1e3 == pytest.approx(5.0)
+
+
+PEAK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import common
+block = bytearray(200_000_000)
+block[::4096] = b"x" * len(block[::4096])
+held = common.memory()[1]
+del block
+peak, now = common.memory()
+assert now < held - 190_000_000, (now, held)
+assert peak > held - 5_000_000, (peak, held)  # the system counts pages by the dozen
+"""
+
+
+def test_peak_memory_counts_what_was_given_back() -> None:
+    """In a process of its own: how exactly the system counts depends on what else a process has done."""
+    done = subprocess.run([sys.executable, "-c", PEAK, str(FOLDER)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_quick_sets_a_benchmarks_small_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    common, seen = load("common"), []
+
+    def options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--size", type=int, default=100)
+
+    def measure(arguments: argparse.Namespace) -> object:
+        seen.append((arguments.size, arguments.rounds))
+        failures = ["too slow"] if arguments.size == 7 else []
+        return common.Report([common.Row("w", "a", {"ms": [1.0]})], {"ms": "less"}, failures=failures)
+
+    def status(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["x", *words])
+        return common.main(measure, "x.py", "X.", options=options, quick={"size": 3}, rounds=5)
+
+    assert [status(), status("--quick"), status("--size", "7")] == [0, 0, 1]
+    assert seen == [(100, 5), (3, 1), (7, 5)]
+
+
+def test_the_peers_batch_has_as_many_tokens_or_as_many_steps() -> None:
+    epoch, data = load("epoch"), importlib.import_module("lilliput.data")
+    rows = [data.Example([1] * length, [True] * length) for length in (20, 80) * 8]
+    assert epoch.padded_tokens([8] * 12, 3) == 24
+    batches, said = epoch.batches(rows, 100, 2)  # 8 packs of 100 tokens, 200 a step, 4 steps
+    assert batches["lilliput"] == 2
+    assert batches["peft-steps"] == 4
+    assert batches["peft-tokens"] == 3  # of 80 tokens most of the time; 6 steps
+    assert batches["lilliput-steps"] == 2  # 1 would be 8 steps
+    assert "16 rows, 800 tokens, 784 labels" in said[0]
+    assert "8 packed rows, 2 a batch, 200 tokens a step" in said[1]
+
+
+def test_shares_are_of_the_limit_in_the_same_round() -> None:
+    common, linear = load("common"), load("linear_4bit")
+    limit = common.Row("w", linear.LIMIT, {"ms": [9.0, 9.0], "GB/s": [10.0, 20.0]})
+    ours = common.Row("w", "Lilliput", {"ms": [1.0, 1.0], "GB/s": [5.0, 5.0]})
+    _, found = linear.with_shares([limit, ours])
+    assert found.samples["share"] == [0.5, 0.25]
+    assert common.ratios(common.Report([limit, ours], {"ms": "less"}), limit, "Lilliput") == {}
