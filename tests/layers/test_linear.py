@@ -170,3 +170,21 @@ def test_an_empty_layer_makes_room_and_is_filled_in_place():
 
 def test_repr_says_the_format():
     assert "format=fp4, double_quant=False" in repr(QuantizedLinear.from_linear(make_linear(), "fp4", False))
+
+
+def test_the_view_of_the_codes_follows_them() -> None:
+    """`quantized` is made once; new codes, another device and a copy do not answer with the old ones."""
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 8, bias=False))
+    first = layer.quantized
+    assert layer.quantized is first
+    other = QuantizedLinear.from_linear(nn.Linear(64, 8, bias=False))
+    layer.hold(other.quantized)
+    assert torch.equal(layer.dequantize(), other.dequantize())
+    layer.load_state_dict(QuantizedLinear.from_linear(nn.Linear(64, 8, bias=False)).state_dict(), assign=True)
+    assert not torch.equal(layer.dequantize(), other.dequantize())
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert not torch.equal(twin.dequantize(), layer.dequantize())
+    assert "_view" not in pickle.loads(pickle.dumps(layer)).__dict__
+    assert layer.to("meta").quantized.codes.is_meta

@@ -42,6 +42,7 @@ class QuantizedLinear(nn.Linear):
     weight_absmax: nn.Parameter
     weight_absmax_scale: nn.Parameter | None
     weight_absmax_offset: nn.Parameter | None
+    _view: tuple[tuple[int, int], QuantizedTensor] | None = None  # where the parameters lay, and what `quantized` gave
 
     def __init__(self, quantized: QuantizedTensor, bias: Tensor | None = None) -> None:
         """Hold `quantized`, of shape (out, in), and `bias` [out]; neither is copied. Raises FormatError on other
@@ -95,6 +96,7 @@ class QuantizedLinear(nn.Linear):
             raise FormatError(
                 f"weight of shape {tuple(quantized.shape)}, expected ({self.out_features}, {self.in_features})"
             )
+        self._view = None
         self.weight = _frozen(quantized.codes.reshape(-1, 1))
         for name, value in zip(
             _CONSTANTS, (quantized.absmax, quantized.absmax_scale, quantized.absmax_offset), strict=True
@@ -128,7 +130,18 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight, of shape (out, in), as codes and constants; they share memory with the parameters."""
+        """The weight, of shape (out, in), as codes and constants; they share memory with the parameters.
+
+        Made once and kept while the parameters lie where they lay: generating asks for it at every token.
+        """
+        if torch.compiler.is_compiling() or self.weight.is_meta:
+            return self._make_view()
+        place = (self.weight.data_ptr(), self.weight_absmax.data_ptr())
+        if self._view is None or self._view[0] != place:
+            self._view = (place, self._make_view())
+        return self._view[1]
+
+    def _make_view(self) -> QuantizedTensor:
         return QuantizedTensor(
             format=self.format,
             shape=(self.out_features, self.in_features),
@@ -146,6 +159,9 @@ class QuantizedLinear(nn.Linear):
         """[..., in] -> [..., out] in the input's type; the product itself is computed in float32 on a CPU."""
         return kernels.linear_4bit(input, self.quantized, self.bias)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_view"}
+
     def reset_parameters(self) -> None:
         """Nothing to draw: the codes come from a checkpoint or from `from_linear`."""
 
@@ -158,6 +174,7 @@ class QuantizedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # `.half()` and `.to(dtype)` arrive here for every floating tensor. The constants belong to the codes: rounded
         # to 16 bits they would name other weights, so they follow to the new device in the type they have.
+        self._view = None
         before = {name: value.data for name in _CONSTANTS if (value := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
         for name, original in before.items():
