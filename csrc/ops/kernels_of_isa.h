@@ -7,6 +7,7 @@ namespace lilliput {
 namespace portable {
 void add_blockwise(Kernels& kernels);
 void add_linear_4bit(Kernels& kernels);
+void add_linear_4bit_fixed(Kernels& kernels);
 void add_swiglu(Kernels& kernels);
 void add_rms_norm(Kernels& kernels);
 void add_cross_entropy(Kernels& kernels);
@@ -14,6 +15,7 @@ void add_cross_entropy(Kernels& kernels);
 namespace avx2 {
 void add_blockwise(Kernels& kernels);
 void add_linear_4bit(Kernels& kernels);
+void add_linear_4bit_fixed(Kernels& kernels);
 void add_swiglu(Kernels& kernels);
 void add_rms_norm(Kernels& kernels);
 void add_cross_entropy(Kernels& kernels);
@@ -21,6 +23,7 @@ void add_cross_entropy(Kernels& kernels);
 namespace avx512 {
 void add_blockwise(Kernels& kernels);
 void add_linear_4bit(Kernels& kernels);
+void add_linear_4bit_fixed(Kernels& kernels);
 void add_swiglu(Kernels& kernels);
 void add_rms_norm(Kernels& kernels);
 void add_cross_entropy(Kernels& kernels);

@@ -110,18 +110,35 @@ struct Product {
   }
 };
 
-void few_rows(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias, float* y,
-              int threads) {
-  const Kernels& kernel = kernels();
-  const Buffer pairs = buffer(rows * k + few_rows_more);
-  kernel.split_pairs(w, x, rows, k, pairs.get());
+// body(first, last, scratch) for the rows of W in tasks; scratch holds few_rows_more floats more than a row of x.
+template <typename Body>
+void rows_of_w(int64_t rows, int64_t k, int64_t n, int threads, const Body& body) {
   const int64_t least = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, k * rows));
   const int64_t per_task = std::max(least, (n + 4 * threads - 1) / (4 * threads));
   parallel_for((n + per_task - 1) / per_task, threads, Team::own, [&](int64_t task) {
     thread_local std::vector<float> scratch;
     scratch.resize(std::max(scratch.size(), static_cast<size_t>(k + few_rows_more)));
-    const int64_t first = task * per_task, last = std::min(first + per_task, n);
-    kernel.few_rows(w, k, x, pairs.get(), static_cast<int>(rows), bias, first, last, y, n, scratch.data());
+    body(task * per_task, std::min((task + 1) * per_task, n), scratch.data());
+  });
+}
+
+void few_rows(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias, float* y,
+              int threads) {
+  const Kernels& kernel = kernels();
+  const Buffer reordered = buffer(rows * k + few_rows_more);
+  if (rows == 1 && kernel.fix_row != nullptr) {
+    auto* fixed = reinterpret_cast<int16_t*>(reordered.get());
+    float* scales = reordered.get() + k / 2 + 1;
+    if (kernel.fix_row(w, x, k, fixed, scales)) {
+      rows_of_w(rows, k, n, threads, [&](int64_t first, int64_t last, float* scratch) {
+        kernel.one_row_fixed(w, k, fixed, scales, bias, first, last, y, scratch);
+      });
+      return;
+    }
+  }
+  kernel.split_pairs(w, x, rows, k, reordered.get());
+  rows_of_w(rows, k, n, threads, [&](int64_t first, int64_t last, float* scratch) {
+    kernel.few_rows(w, k, x, reordered.get(), static_cast<int>(rows), bias, first, last, y, n, scratch);
   });
 }
 

@@ -1,7 +1,7 @@
 // The parts of a product with a 4-bit matrix, each in one thread: a few rows against the packed codes, and, for many
 // rows, packing into panels and the product of panels. Another weight format brings its own packing and shares the
 // rest.
-#include "core/simd.h"
+#include "ops/blocks4.simd.h"
 #include "ops/kernels_of_isa.h"
 
 namespace lilliput {
@@ -54,12 +54,6 @@ static void values_of(const Blocks4& w, int64_t start, int64_t count, float* out
 // 0, 4, .. 28 bits and looked up as they are. x lies in that order: for each group of 8 kWidth numbers, lane after lane
 // the second, first, fourth, third .. number of the lanes' words (the earlier of two codes is a byte's high nibble).
 constexpr int kGroup = 8 * kWidth;
-constexpr int64_t kBlock = 64;
-
-LILLIPUT_INLINE bool whole_blocks(const Blocks4& w, int64_t columns) {
-  return w.block == kBlock && columns % kBlock == 0 && w.numel < INT32_MAX;
-}
-
 // x [columns] in that order, zero-padded to whole groups.
 static void split_words(const float* x, int64_t columns, float* out) {
   for (int64_t start = 0; start < columns; start += kGroup)
@@ -68,23 +62,6 @@ static void split_words(const float* x, int64_t columns, float* out) {
         const int64_t from = start + 8 * lane + (j ^ 1);
         *out++ = from < columns ? x[from] : 0.0f;
       }
-}
-
-// absmax_of(first..first + count - 1), then a zero; compiled without contraction as that is.
-static void absmax_of_row(const Blocks4& w, int64_t first, int64_t count, float* out) {
-  int64_t i = 0;
-  if (w.absmax == nullptr)
-    for (; i + kWidth <= count; i += kWidth) {
-      const int64_t scale = (first + i) / absmax_block;
-      if (scale != (first + i + kWidth - 1) / absmax_block) {
-        for (int64_t lane = i; lane < i + kWidth; ++lane) out[lane] = w.absmax_of(first + lane);
-        continue;
-      }
-      const F values = gather(w.absmax_book, load_bytes(w.absmax8 + first + i));
-      store(out + i, add(mul(values, set1(w.absmax_scale[scale])), set1(w.absmax_offset)));
-    }
-  for (; i < count; ++i) out[i] = w.absmax_of(first + i);
-  out[count] = 0.0f;
 }
 
 // The absmax of each lane of group g: a group is two blocks, one, or half of one.

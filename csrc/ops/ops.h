@@ -28,6 +28,11 @@ struct Kernels {
   // y[m, n] = bias[n] + sum_k x[m, k] W[n, k] for n in first..last-1 and m in 0..rows-1, rows <= few_rows_limit.
   void (*few_rows)(const Blocks4& w, int64_t columns, const float* x, const float* pairs, int rows, const float* bias,
                    int64_t first, int64_t last, float* y, int64_t y_stride, float* scratch);
+  // linear_4bit_fixed.simd.cpp, or null where few_rows is quicker: one row of x in 16-bit fixed point. fix_row writes
+  // `columns` numbers and a scale for each 64 of them, or says false: few_rows must do it.
+  bool (*fix_row)(const Blocks4& w, const float* x, int64_t columns, int16_t* fixed, float* scales);
+  void (*one_row_fixed)(const Blocks4& w, int64_t columns, const int16_t* x, const float* x_scales, const float* bias,
+                        int64_t first, int64_t last, float* y, float* scratch);
   // Panels of the product's left operand: tile.rows rows of x interleaved, [panels][depth][tile.rows], zero-padded.
   void (*pack_left)(const float* x, int64_t x_stride, int64_t rows, int64_t depth, float* panels);
   // Panels of the right operand, [panels][depth][tile.columns], zero-padded: for y = x W^T the columns are rows n of W

@@ -19,7 +19,7 @@ from lilliput.kernels import core, linear_4bit, quantize
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     q = quantize(torch.linspace(-1, 1, 128).view(2, 64))
-    y = linear_4bit(torch.ones(1, 64), q)
+    y = linear_4bit(torch.ones(2, 64), q)
 print(core.status().loaded, len(caught), *(str(w.message) for w in caught))
 print(q.codes.sum().item(), *y[0].tolist())
 """

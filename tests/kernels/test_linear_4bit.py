@@ -12,6 +12,8 @@ from lilliput import formats
 from lilliput.errors import FormatError
 from lilliput.formats import QuantizedTensor
 from lilliput.kernels import linear_4bit, quantize
+from tests.kernels import fixed_point
+from tests.nasty import NOT_FINITE
 
 # (out, in): whole tiles; rows that end inside a block; odd rows (they start inside a byte); thin; deeper than a tile.
 SHAPES = [(64, 128), (33, 96), (7, 33), (31, 130), (5, 1), (1, 320), (200, 576), (24, 640)]
@@ -25,11 +27,13 @@ def make(out: int, columns: int, double_quant: bool = True, format: str = "nf4")
     return q, formats.dequantize(q, torch.float64)
 
 
-def assert_right(got: Tensor, left: Tensor, right: Tensor, added: Tensor | None = None) -> None:
-    """`got` equals left @ right + added to float32's rounding of a sum of its terms' magnitudes."""
+def assert_right(
+    got: Tensor, left: Tensor, right: Tensor, added: Tensor | None = None, more: Tensor | float = 0.0
+) -> None:
+    """`got` equals left @ right + added to float32's rounding of a sum of its terms' magnitudes, and to `more`."""
     expected = left.double() @ right + (0 if added is None else added.double())
     magnitude = left.double().abs() @ right.abs() + (0 if added is None else added.double().abs())
-    assert bool(((got.double() - expected).abs() <= 1.2e-7 * (right.shape[0] + 4) * magnitude).all())
+    assert bool(((got.double() - expected).abs() <= 1.2e-7 * (right.shape[0] + 4) * magnitude + more).all())
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -40,7 +44,7 @@ def test_product_and_gradients(backend: str, shape: tuple[int, int], double_quan
         x = torch.randn(rows, shape[1], requires_grad=True)
         bias = torch.randn(shape[0], requires_grad=True)
         y = linear_4bit(x, q, bias)
-        assert_right(y, x, weight.t(), bias)
+        assert_right(y, x, weight.t(), bias, fixed_point.bound(x, q, backend))
         grad = torch.randn(rows, shape[0])
         to_x, to_bias = torch.autograd.grad(y, (x, bias), grad)
         assert_right(to_x, grad, weight)
@@ -48,11 +52,32 @@ def test_product_and_gradients(backend: str, shape: tuple[int, int], double_quan
         assert torch.allclose(linear_4bit(x, q), y - bias, atol=1e-4)
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e-26, 1e-20, 1.0, 1e20, 1e26])
+def test_one_row_of_any_size(backend: str, factor: float) -> None:
+    """In fixed point or not, the error is relative to the block's greatest number."""
+    q, weight = make(33, 256)
+    x = torch.randn(1, 256, generator=torch.Generator().manual_seed(1)) * factor
+    x[0, 64:128] = 0
+    x[0, 200] *= 300  # one huge value in its block
+    more = fixed_point.bound(x, q, backend)
+    assert_right(linear_4bit(x, q), x, weight.t(), more=more)
+    error = (linear_4bit(x, q).double() - x.double() @ weight.t()).norm() / (x.double() @ weight.t()).norm()
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)
+def test_one_row_with_a_number_that_is_none(backend: str, value: float) -> None:
+    q, _ = make(33, 256)
+    x = torch.randn(1, 256)
+    x[0, 77] = value
+    assert not linear_4bit(x, q).isfinite().any()
+
+
 def test_fp4(backend: str) -> None:
     q, weight = make(40, 96, format="fp4")
     for rows in (1, 20):
         x = torch.randn(rows, 96)
-        assert_right(linear_4bit(x, q), x, weight.t())
+        assert_right(linear_4bit(x, q), x, weight.t(), more=fixed_point.bound(x, q, backend))
 
 
 @pytest.mark.parametrize("shape", [(64,), (0, 64), (2, 3, 64), (2, 0, 64), (1, 1, 1, 64)])
@@ -61,7 +86,8 @@ def test_leading_sizes_are_kept(backend: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, requires_grad=True)
     y = linear_4bit(x, q, torch.zeros(10, requires_grad=True))
     assert y.shape == (*shape[:-1], 10)
-    torch.testing.assert_close(y, (x.double() @ weight.t()).float(), atol=1e-4, rtol=1e-4)
+    flat = x.detach().reshape(-1, 64)
+    assert_right(y.reshape(-1, 10), flat, weight.t(), more=fixed_point.bound(flat, q, backend))
     (grad,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(grad, weight.sum(0).float().expand(shape), atol=1e-4, rtol=1e-4)
 
