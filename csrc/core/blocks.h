@@ -36,6 +36,15 @@ struct Blocks4 {
   }
 };
 
+// A matrix in int8: codes [rows, columns], and per row the absmax that 127 stands for.
+struct Rows8 {
+  const int8_t* codes;
+  const float* absmax;
+  int64_t columns;
+
+  LILLIPUT_INLINE float scale_of(int64_t row) const { return absmax[row] / 127.0f; }
+};
+
 enum class Real { f32, f16, bf16 };
 
 LILLIPUT_INLINE int bytes_of(Real kind) {

@@ -3,13 +3,13 @@
 
 namespace lilliput {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512vnni };  // each offers what those before it do
 
 // What the processor and the operating system support, at most what we have code for.
 Isa supported_isa();
 
-// What we run on: the best supported one, or LILLIPUT_ISA=portable|avx2|avx512 (read once; throws std::runtime_error
-// for another name or for one that this processor lacks).
+// What we run on: the best supported one, or LILLIPUT_ISA=portable|avx2|avx512|avx512vnni (read once; throws
+// std::runtime_error for another name or for one that this processor lacks).
 Isa chosen_isa();
 
 const char* isa_name(Isa isa);

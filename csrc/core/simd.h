@@ -88,6 +88,41 @@ LILLIPUT_INLINE F where_negative(F test, F a, F b) {  // a where test's sign bit
 LILLIPUT_INLINE F times_power_of_2(F a, F n) {  // a 2^n, n whole numbers in -150..128; rounded once
   return _mm512_scalef_ps(a, n);
 }
+LILLIPUT_INLINE I to_integers(F a) {  // to nearest, ties to even
+  return _mm512_cvtps_epi32(a);
+}
+LILLIPUT_INLINE F to_floats(I a) {
+  return _mm512_cvtepi32_ps(a);
+}
+LILLIPUT_INLINE void store_words(int32_t* p, I a) {
+  _mm512_storeu_si512(p, a);
+}
+LILLIPUT_INLINE F load_int8(const int8_t* p) {
+  return to_floats(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+LILLIPUT_INLINE I load_int8_pairs(const int8_t* p) {  // 2 kWidth of them as 16-bit numbers, two in each lane
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+}
+LILLIPUT_INLINE I dot_pairs(I sum, I a, I b) {  // sum + a0 b0 + a1 b1 of the 16-bit numbers in each lane
+#if defined(LILLIPUT_VNNI)
+  return _mm512_dpwssd_epi32(sum, a, b);
+#else
+  return iadd(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+
+LILLIPUT_INLINE F as_floats(I a) {  // the same bits
+  return _mm512_castsi512_ps(a);
+}
+LILLIPUT_INLINE I iandnot(I a, I b) {  // ~a & b
+  return _mm512_andnot_si512(a, b);
+}
+LILLIPUT_INLINE int32_t reduce_add(I a) {
+  return _mm512_reduce_add_epi32(a);
+}
+LILLIPUT_INLINE void store_shorts(int16_t* p, I a) {  // lanes within 16 bits
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a));
+}
 
 struct Table {
   F values;
@@ -211,6 +246,40 @@ LILLIPUT_INLINE F times_power_of_2(F a, F n) {  // in two steps of normal powers
   const F first = _mm256_castsi256_ps(_mm256_slli_epi32(iadd(half, bias), 23));
   const F second = _mm256_castsi256_ps(_mm256_slli_epi32(iadd(rest, bias), 23));
   return mul(mul(a, first), second);
+}
+LILLIPUT_INLINE I to_integers(F a) {
+  return _mm256_cvtps_epi32(a);
+}
+LILLIPUT_INLINE F to_floats(I a) {
+  return _mm256_cvtepi32_ps(a);
+}
+LILLIPUT_INLINE void store_words(int32_t* p, I a) {
+  _mm256_storeu_si256((__m256i*)p, a);
+}
+LILLIPUT_INLINE F load_int8(const int8_t* p) {
+  return to_floats(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+LILLIPUT_INLINE I load_int8_pairs(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+}
+LILLIPUT_INLINE I dot_pairs(I sum, I a, I b) {
+  return iadd(sum, _mm256_madd_epi16(a, b));
+}
+
+LILLIPUT_INLINE F as_floats(I a) {
+  return _mm256_castsi256_ps(a);
+}
+LILLIPUT_INLINE I iandnot(I a, I b) {
+  return _mm256_andnot_si256(a, b);
+}
+LILLIPUT_INLINE int32_t reduce_add(I a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1));
+  return _mm_cvtsi128_si32(s);
+}
+LILLIPUT_INLINE void store_shorts(int16_t* p, I a) {  // lanes within 16 bits
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
 }
 
 struct Table {
@@ -336,6 +405,45 @@ LILLIPUT_INLINE F times_power_of_2(F a, F n) {  // in two steps of normal powers
   const F to_integer = set1(0x1.8p23f);         // 2^23 + 2^22: its last bit is worth 1
   const I whole = (I)(n + to_integer) - (I)to_integer, half = whole >> 1;
   return a * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
+}
+LILLIPUT_INLINE I to_integers(F a) {  // |a| < 2^22
+  const F to_integer = set1(0x1.8p23f);
+  return (I)(a + to_integer) - (I)to_integer;
+}
+LILLIPUT_INLINE F to_floats(I a) {
+  return __builtin_convertvector(a, F);
+}
+LILLIPUT_INLINE void store_words(int32_t* p, I a) {
+  memcpy(p, &a, sizeof a);
+}
+LILLIPUT_INLINE F load_int8(const int8_t* p) {
+  return F{(float)p[0], (float)p[1], (float)p[2], (float)p[3]};
+}
+LILLIPUT_INLINE int32_t pair_of(int16_t first, int16_t second) {
+  return (int32_t)((uint32_t)(uint16_t)first | (uint32_t)(uint16_t)second << 16);
+}
+LILLIPUT_INLINE I load_int8_pairs(const int8_t* p) {
+  return I{pair_of(p[0], p[1]), pair_of(p[2], p[3]), pair_of(p[4], p[5]), pair_of(p[6], p[7])};
+}
+LILLIPUT_INLINE I low_of(I a) {
+  typedef uint32_t U __attribute__((vector_size(16)));
+  return (I)((U)a << 16) >> 16;
+}
+LILLIPUT_INLINE I dot_pairs(I sum, I a, I b) {
+  return sum + low_of(a) * low_of(b) + (a >> 16) * (b >> 16);
+}
+
+LILLIPUT_INLINE F as_floats(I a) {
+  return (F)a;
+}
+LILLIPUT_INLINE I iandnot(I a, I b) {
+  return ~a & b;
+}
+LILLIPUT_INLINE int32_t reduce_add(I a) {
+  return a[0] + a[1] + a[2] + a[3];
+}
+LILLIPUT_INLINE void store_shorts(int16_t* p, I a) {
+  for (int i = 0; i < kWidth; ++i) p[i] = (int16_t)a[i];
 }
 
 struct Table {

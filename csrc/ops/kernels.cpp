@@ -10,15 +10,17 @@ static Kernels row(Add... add) {
   return kernels;
 }
 
+#define LILLIPUT_ALL_OF(isa)                                                                  \
+  isa::add_blockwise, isa::add_linear_4bit, isa::add_linear_4bit_fixed, isa::add_linear_int8, \
+      isa::add_linear_int8_products, isa::add_swiglu, isa::add_rms_norm, isa::add_cross_entropy
+
 const Kernels& kernels_of(Isa isa) {
   static const Kernels rows[] = {
-      row(portable::add_blockwise, portable::add_linear_4bit, portable::add_linear_4bit_fixed, portable::add_swiglu,
-          portable::add_rms_norm, portable::add_cross_entropy),
+      row(LILLIPUT_ALL_OF(portable)),
 #if defined(LILLIPUT_X86)
-      row(avx2::add_blockwise, avx2::add_linear_4bit, avx2::add_linear_4bit_fixed, avx2::add_swiglu, avx2::add_rms_norm,
-          avx2::add_cross_entropy),
-      row(avx512::add_blockwise, avx512::add_linear_4bit, avx512::add_linear_4bit_fixed, avx512::add_swiglu,
-          avx512::add_rms_norm, avx512::add_cross_entropy),
+      row(LILLIPUT_ALL_OF(avx2)),
+      row(LILLIPUT_ALL_OF(avx512)),
+      row(LILLIPUT_ALL_OF(avx512), avx512vnni::add_linear_int8_products),
 #endif
   };
   return rows[static_cast<int>(isa)];

@@ -8,6 +8,8 @@ namespace portable {
 void add_blockwise(Kernels& kernels);
 void add_linear_4bit(Kernels& kernels);
 void add_linear_4bit_fixed(Kernels& kernels);
+void add_linear_int8(Kernels& kernels);
+void add_linear_int8_products(Kernels& kernels);
 void add_swiglu(Kernels& kernels);
 void add_rms_norm(Kernels& kernels);
 void add_cross_entropy(Kernels& kernels);
@@ -16,6 +18,8 @@ namespace avx2 {
 void add_blockwise(Kernels& kernels);
 void add_linear_4bit(Kernels& kernels);
 void add_linear_4bit_fixed(Kernels& kernels);
+void add_linear_int8(Kernels& kernels);
+void add_linear_int8_products(Kernels& kernels);
 void add_swiglu(Kernels& kernels);
 void add_rms_norm(Kernels& kernels);
 void add_cross_entropy(Kernels& kernels);
@@ -24,8 +28,13 @@ namespace avx512 {
 void add_blockwise(Kernels& kernels);
 void add_linear_4bit(Kernels& kernels);
 void add_linear_4bit_fixed(Kernels& kernels);
+void add_linear_int8(Kernels& kernels);
+void add_linear_int8_products(Kernels& kernels);
 void add_swiglu(Kernels& kernels);
 void add_rms_norm(Kernels& kernels);
 void add_cross_entropy(Kernels& kernels);
 }  // namespace avx512
+namespace avx512vnni {  // the rest is avx512's
+void add_linear_int8_products(Kernels& kernels);
+}  // namespace avx512vnni
 }  // namespace lilliput

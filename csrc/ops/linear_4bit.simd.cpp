@@ -1,24 +1,17 @@
 // The parts of a product with a 4-bit matrix, each in one thread: a few rows against the packed codes, and, for many
-// rows, packing into panels and the product of panels. Another weight format brings its own packing and shares the
-// rest.
+// rows, packing into panels. Another weight format brings its own packing and shares the rest.
 #include "ops/blocks4.simd.h"
 #include "ops/kernels_of_isa.h"
+#include "ops/tiles.simd.h"
 
 namespace lilliput {
 namespace LILLIPUT_ISA {
 
-constexpr int kPair = 2 * kWidth;    // numbers in kWidth bytes of codes
-constexpr int kTileColumns = kPair;  // two vectors of sums a row
-// Rows x 2 vectors of sums, 2 of the right operand, 1 broadcast: 31 of 32, 15 of 16, 11 of 16 registers. A
-// multiply-add takes 4 cycles and two start in each, so at least 8 sums must be under way: 28, 12 and 8 are.
+constexpr int kPair = 2 * kWidth;  // numbers in kWidth bytes of codes
+static_assert(kPair == kTileColumns, "a panel's row is two vectors");
 #if defined(LILLIPUT_ISA_AVX512)
-constexpr int kTileRows = 14;
 constexpr int kTogether = 4;  // rows of W at a time for one row of x
-#elif defined(LILLIPUT_ISA_AVX2)
-constexpr int kTileRows = 6;
-constexpr int kTogether = 2;
 #else
-constexpr int kTileRows = 4;
 constexpr int kTogether = 2;
 #endif
 
@@ -305,88 +298,13 @@ static void pack_backward(const Blocks4& w, int64_t columns, int64_t k, int64_t 
   }
 }
 
-// ---- many rows: the product of panels ----
-
-// R x kTileColumns sums in registers over the whole depth.
-template <int R>
-static void tile_product(const float* left, const float* right, int64_t depth, const float* c_from, int64_t from_stride,
-                         float* c, int64_t c_stride) {
-  F sums[R][2];
-#pragma GCC unroll 14
-  for (int r = 0; r < R; ++r) {
-    sums[r][0] = c_from != nullptr ? load(c_from + r * from_stride) : set1(0.0f);
-    sums[r][1] = c_from != nullptr ? load(c_from + r * from_stride + kWidth) : set1(0.0f);
-  }
-  for (int64_t d = 0; d < depth; ++d, left += kTileRows, right += kTileColumns) {
-    const F b0 = load(right), b1 = load(right + kWidth);
-#pragma GCC unroll 14
-    for (int r = 0; r < R; ++r) {
-      const F a = set1(left[r]);
-      sums[r][0] = fma(a, b0, sums[r][0]);
-      sums[r][1] = fma(a, b1, sums[r][1]);
-    }
-  }
-#pragma GCC unroll 14
-  for (int r = 0; r < R; ++r) {
-    store(c + r * c_stride, sums[r][0]);
-    store(c + r * c_stride + kWidth, sums[r][1]);
-  }
-}
-
-using TileProduct = void (*)(const float*, const float*, int64_t, const float*, int64_t, float*, int64_t);
-
-template <int R>
-struct TileProducts {  // entry r - 1 is the product of r rows
-  static void fill(TileProduct* table) {
-    table[R - 1] = tile_product<R>;
-    TileProducts<R - 1>::fill(table);
-  }
-};
-template <>
-struct TileProducts<0> {
-  static void fill(TileProduct*) {}
-};
-
-// The last columns of c, fewer than a tile's: through a full tile on the stack.
-static void edge_product(TileProduct product, const float* left, const float* right, int64_t rows, int64_t columns,
-                         int64_t depth, const float* c_from, int64_t from_stride, float* c, int64_t c_stride) {
-  float whole[kTileRows * kTileColumns] = {0};
-  if (c_from != nullptr)
-    for (int64_t r = 0; r < rows; ++r)
-      memcpy(whole + r * kTileColumns, c_from + r * from_stride, (size_t)columns * sizeof(float));
-  product(left, right, depth, whole, kTileColumns, whole, kTileColumns);
-  for (int64_t r = 0; r < rows; ++r)
-    memcpy(c + r * c_stride, whole + r * kTileColumns, (size_t)columns * sizeof(float));
-}
-
-static void multiply(const float* left, const float* right, int64_t rows, int64_t columns, int64_t depth, bool add,
-                     const float* start, float* c, int64_t c_stride) {
-  TileProduct products[kTileRows];
-  TileProducts<kTileRows>::fill(products);
-  for (int64_t row = 0; row < rows; row += kTileRows) {
-    const int64_t tile_rows = rows - row < kTileRows ? rows - row : kTileRows;
-    const TileProduct product = products[tile_rows - 1];
-    for (int64_t column = 0; column < columns; column += kTileColumns) {
-      const float* panel = right + column * depth;
-      float* here = c + row * c_stride + column;
-      const float* from = add ? here : start != nullptr ? start + column : nullptr;
-      const int64_t from_stride = add ? c_stride : 0;
-      if (columns - column < kTileColumns)
-        edge_product(product, left, panel, tile_rows, columns - column, depth, from, from_stride, here, c_stride);
-      else
-        product(left, panel, depth, from, from_stride, here, c_stride);
-    }
-    left += depth * kTileRows;
-  }
-}
-
 void add_linear_4bit(Kernels& kernels) {
   kernels.split_pairs = split_pairs;
   kernels.few_rows = few_rows;
   kernels.pack_left = pack_left;
   kernels.pack_forward = pack_forward;
   kernels.pack_backward = pack_backward;
-  kernels.multiply = multiply;
+  kernels.multiply = multiply_panels<Floats>;
   kernels.tile = {kTileRows, kTileColumns};
 }
 

@@ -46,6 +46,27 @@ struct Kernels {
                    const float* start, float* c, int64_t c_stride);
   Tile tile;
 
+  // linear_int8.simd.cpp. Rows first..last-1 of x [rows, columns]; returns the first that holds NaN or Inf, or -1.
+  int64_t (*quantize_rows)(Reals x, int64_t columns, int64_t first, int64_t last, int8_t* codes, float* absmax);
+  void (*dequantize_rows)(const Rows8& w, int64_t first, int64_t last, Reals out);
+  // keep[k] becomes 0 where a row of x [rows, columns] has a finite |number| > threshold in column k, first <= k <
+  // last.
+  void (*clear_outliers)(const float* x, int64_t rows, int64_t columns, float threshold, int64_t first, int64_t last,
+                         int32_t* keep);
+  // A row of x as codes of 16 bits, 0 where keep (or null) is 0 and behind the last column; returns its absmax / 127.
+  float (*round_row)(const float* x, int64_t columns, const int32_t* keep, int64_t padded, int16_t* codes);
+  // As pack_forward and pack_backward; the former of pairs of 16-bit codes, k an even number.
+  void (*pack_pairs)(const Rows8& w, int64_t n, int64_t n_count, int64_t k, int64_t k_count, int32_t* panels);
+  void (*pack_backward_int8)(const Rows8& w, int64_t k, int64_t k_count, int64_t n, int64_t n_count, float* panels);
+
+  // linear_int8_products.simd.cpp: sums of products of codes in 32 bits, and what they stand for.
+  void (*few_rows_int8)(const Rows8& w, const int16_t* x, int64_t stride, int rows, int64_t first, int64_t last,
+                        int32_t* sums, int64_t sums_stride);
+  void (*multiply_pairs)(const int32_t* left, const int32_t* right, int64_t rows, int64_t columns, int64_t depth,
+                         bool add, int32_t* c, int64_t c_stride);
+  void (*finish_int8)(int64_t rows, int64_t columns, const float* scales, const float* column_scales, const float* bias,
+                      int32_t* c, int64_t c_stride);
+
   // swiglu.simd.cpp. Numbers first..last-1, each tensor of its own kind.
   void (*swiglu)(Reals gate, Reals up, int64_t first, int64_t last, Reals out);
   void (*swiglu_backward)(Reals grad, Reals gate, Reals up, int64_t first, int64_t last, Reals to_gate, Reals to_up);
@@ -89,6 +110,16 @@ void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int6
                  const LowRank& update, float* y, int threads);
 // gx [rows, k] = gy [rows, n] W + update.
 void linear_4bit_backward(const Blocks4& w, const float* gy, int64_t rows, int64_t k, int64_t n, const LowRank& update,
+                          float* gx, int threads);
+// Codes int8 [rows, columns] and absmax [rows] of x; returns the first row with NaN or Inf, or -1.
+int64_t quantize_int8(Reals x, int64_t rows, int64_t columns, int8_t* codes, float* absmax, int threads);
+void dequantize_int8(const Rows8& w, int64_t rows, Reals out, int threads);
+// y [rows, n] = x [rows, k] W^T + bias + update, W [n, k] in int8: x is rounded to int8 by rows, but for its columns
+// with a number beyond the threshold (0: none), which are multiplied in float32.
+void linear_int8(const Rows8& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias, float threshold,
+                 const LowRank& update, float* y, int threads);
+// gx [rows, k] = gy [rows, n] W + update, in float32.
+void linear_int8_backward(const Rows8& w, const float* gy, int64_t rows, int64_t k, int64_t n, const LowRank& update,
                           float* gx, int threads);
 // out = silu(gate) * up; computed in float32, each number rounded once to its tensor's kind.
 void swiglu(Reals gate, Reals up, int64_t numel, Reals out, int threads);
