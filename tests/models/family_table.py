@@ -6,7 +6,7 @@ widths are multiples of 64 but for a few odd ones. `positions` are longer than a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,14 @@ _TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_tok
 _WIDE: dict[str, Any] = {**_TOKENS, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA: dict[str, Any] = {**_WIDE, "intermediate_size": 128, "max_position_embeddings": 256}
 _FALCON: dict[str, Any] = {**_WIDE, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-_BERT: dict[str, Any] = {**_WIDE, "intermediate_size": 128, "max_position_embeddings": 256, "num_labels": 3}
+_BERT: dict[str, Any] = {
+    **_WIDE,
+    "intermediate_size": 128,
+    "max_position_embeddings": 256,
+    "num_labels": 3,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 _LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _BERT_LAYERS = ("query", "key", "value", "dense")
 
@@ -38,6 +45,9 @@ class Family:
         dense: last parts of the names of linear layers that stay in full precision.
         task: causal language model, classifier of sequences, or encoder and decoder.
         packs: rows of several examples can be trained on.
+        parts: its forward can be parted into a frozen prefix and the rest.
+        spread: standard deviation of the weights. transformers' 0.02 would leave a stream to which no layer adds
+            anything; T5's attention, which divides by nothing, needs less than others.
     """
 
     name: str
@@ -48,7 +58,8 @@ class Family:
     dense: tuple[str, ...] = ("lm_head",)
     task: Task = "causal"
     packs: bool = True
-    tied: bool = field(default=False)
+    parts: bool = True
+    spread: float = 0.15
 
 
 FAMILIES = (
@@ -122,6 +133,7 @@ FAMILIES = (
         {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
         ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
         ("query_key_value",),
+        packs=False,
     ),
     Family(
         "opt",
@@ -143,6 +155,7 @@ FAMILIES = (
         },
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "project_in", "project_out"),
         ("q_proj", "v_proj"),
+        parts=False,
     ),
     Family(
         "bloom",
@@ -150,6 +163,7 @@ FAMILIES = (
         {**_TOKENS, "hidden_size": 64, "n_layer": 2, "n_head": 4},
         ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
         ("query_key_value",),
+        packs=False,
     ),
     Family(
         "gpt2",
@@ -204,6 +218,7 @@ FAMILIES = (
         ("q", "v"),
         dense=("wo", "lm_head"),
         task="translate",
+        spread=0.06,
     ),
 )
 
@@ -217,6 +232,18 @@ def make_family(family: Family, seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-            else:  # transformers' 0.02 would leave a residual stream to which no layer adds anything
-                parameter.copy_(torch.randn_like(parameter) * 0.15)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * family.spread)
     return model
+
+
+def inputs_of(family: Family, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the forward of the family takes for int64 [rows, tokens]."""
+    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :9]} if family.task == "translate" else {})
+
+
+def labels_of(family: Family, ids: torch.Tensor) -> torch.Tensor:
+    """Something to learn: the rows themselves, their first tokens, or a class for each."""
+    if family.task == "classify":
+        return torch.arange(len(ids)) % family.config["num_labels"]
+    return ids if family.task == "causal" else ids[:, :9].contiguous()
