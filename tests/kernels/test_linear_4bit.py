@@ -92,6 +92,20 @@ def test_leading_sizes_are_kept(backend: str, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(grad, weight.sum(0).float().expand(shape), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(6, 64), (2, 3, 64)])
+def test_the_result_can_be_changed_in_place(backend: str, shape: tuple[int, ...]) -> None:
+    """As Falcon does, which adds what attention gave to what its MLP gave; autograd forbids it where y is a view."""
+    q, weight = make(10, 64)
+    for bias in (None, torch.zeros(10)):
+        x = torch.randn(shape, requires_grad=True)
+        y = linear_4bit(x, q, bias)
+        y += 1.0
+        y *= 2.0
+        torch.testing.assert_close(y, (2 * (x.double() @ weight.t() + 1)).float(), atol=1e-4, rtol=1e-4)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(grad, 2 * weight.sum(0).float().expand(shape), atol=1e-4, rtol=1e-4)
+
+
 def test_empty_matrices(backend: str) -> None:
     for out, columns in ((0, 64), (5, 0), (0, 0)):
         q = quantize(torch.zeros(out, columns))

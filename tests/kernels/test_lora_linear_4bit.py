@@ -99,6 +99,17 @@ def test_leading_sizes_are_kept(backend: str, shape: tuple[int, ...]) -> None:
     assert [g.shape for g in grads] == [x.shape, a.shape, b.shape]
 
 
+@pytest.mark.parametrize("shape", [(6, 96), (2, 3, 96)])
+def test_the_result_can_be_changed_in_place(backend: str, shape: tuple[int, ...]) -> None:
+    q, a, b = make(33, 96, 4)
+    x = torch.randn(shape, requires_grad=True)
+    expected = torch.autograd.grad((lora_linear_4bit(x, q, a, b, S) * 2).sum(), (x, a, b))
+    y = lora_linear_4bit(x, q, a, b, S)
+    y += 1.0
+    y *= 2.0
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), (x, a, b)), expected)
+
+
 def test_empty_matrices(backend: str) -> None:
     for out, columns in ((0, 64), (5, 0), (0, 0)):
         q, a, b = make(out, columns, 2)

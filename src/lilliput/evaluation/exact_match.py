@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lilliput.data import Chat, prompt_ids
 from lilliput.errors import DataError, UsageError
 from lilliput.generation.chat import end_tokens
+from lilliput.models.causal import require_causal
 from lilliput.progress import bar
 
 
@@ -46,10 +47,12 @@ def exact_match(
     Prompts of like length share a batch, padded on the left, positions counted from the first real token.
     Decoding is greedy and stops at the end of the turn or after `max_new_tokens`, the same for every model.
 
-    Raises DataError when there is no chat, or a chat does not end with the assistant's turn.
+    Raises UsageError for a model that does not continue text, DataError when there is no chat, or a chat does not end
+    with the assistant's turn.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise UsageError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be at least 1")
+    require_causal(model, "exact match")
     expected = [_expected(chat) for chat in chats]
     if not expected:
         raise DataError("no rows to answer")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.errors import DataError, UsageError
+from lilliput.models.causal import context_length, require_causal
 from lilliput.progress import bar
 
 _ROWS = 128  # positions whose logits exist at once: 128 x 49,152 float32 = 25 MB, against 201 MB for a segment of 1024
@@ -96,7 +97,8 @@ def perplexity(
         stride: tokens from one segment's start to the next; `context` by default, so that segments do not overlap.
         segments: score only so many, from the beginning; all by default.
 
-    Raises UsageError for impossible numbers, DataError for a text shorter than one segment.
+    Raises UsageError for impossible numbers and models that predict no next token, DataError for a text shorter than
+    one segment.
     """
     stride = context if stride is None else stride
     _check(model, context, stride, segments)
@@ -118,14 +120,15 @@ def perplexity(
 
 
 def _check(model: PreTrainedModel, context: int, stride: int, segments: int | None) -> None:
-    """Refuse numbers that make no sense for this model."""
+    """Refuse models that predict no next token, and numbers that make no sense for this model."""
+    require_causal(model, "perplexity")
     if context < 2:
         raise UsageError(f"{context} is too few: a segment needs 2 tokens to predict one", where="context")
     if not 1 <= stride <= context:
         raise UsageError(f"{stride} is not between 1 and the context of {context}", where="stride")
     if segments is not None and segments < 1:
         raise UsageError(f"{segments} is not a number of segments from 1 up", where="segments")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_length(model)
     if longest is not None and context > longest:
         raise UsageError(f"{context} is more than the {longest} positions this model has", where="context")
 

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from lilliput.data import Chat, Turn, end_of_turn_id, prompt_ids
 from lilliput.errors import DataError
 from lilliput.generation.sampling import Sampler, Sampling
+from lilliput.models.causal import context_length, require_causal
 from lilliput.progress import warn
 
 _BROKEN = "\ufffd"  # what a tokenizer decodes half a character to
@@ -36,6 +37,8 @@ class ChatSession:
         tokenizer: its tokenizer, with the chat template that it was trained with.
         system: the system turn; None leaves it to the template (many have a default one).
         sampling: how tokens are chosen; greedy by default. Its seed makes the whole conversation repeatable.
+
+    Raises UsageError for a model that does not continue text.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class ChatSession:
         system: str | None = None,
         sampling: Sampling | None = None,
     ) -> None:
+        require_causal(model, "chatting")
         self.model, self.tokenizer = model, tokenizer
         self.sampling = sampling or Sampling()
         self.stop_tokens = end_tokens(model, tokenizer)
@@ -86,7 +90,7 @@ class ChatSession:
 
     def _fit(self, turns: tuple[Turn, ...]) -> tuple[list[int], tuple[Turn, ...]]:
         """The prompt's tokens and the turns they hold: without the oldest where all leave no room for an answer."""
-        room = _context_length(self.model)
+        room = context_length(self.model)
         ids = self._prompt(turns)
         if room is None:
             return ids, turns
@@ -110,7 +114,7 @@ class ChatSession:
 
     def _stream(self, ids: list[int]) -> Generator[str, None, None]:
         """Text as it comes, without special tokens and without half characters."""
-        room = _context_length(self.model)
+        room = context_length(self.model)
         longest = self.sampling.max_new_tokens
         if room is not None:
             longest = min(longest, room - len(ids))
@@ -261,9 +265,3 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    """How many positions the model has; None when its architecture sets no limit."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None

@@ -70,8 +70,8 @@ def reference(
         weight = _dense(
             codes, absmax, absmax_scale, absmax_offset, format, (out_features, x.shape[-1]), compute_type(x)
         )
-        added = None if bias is None else bias.to(weight.dtype)
-        return torch.nn.functional.linear(x.to(weight.dtype), weight, added).to(x.dtype)
+        y = x.to(weight.dtype) @ weight.T  # functional.linear may give a view, to which no model could add in place
+        return (y if bias is None else y.add_(bias.to(weight.dtype))).to(x.dtype)
 
 
 def backward_reference(
@@ -153,12 +153,12 @@ def by_core(
 ) -> Tensor:
     """`left` float32 [rows, r] and `right` float32 [out, r], both or neither: left right^T is added to the product."""
     rows = float_rows(x)
-    y = rows.new_empty((rows.shape[0], out_features))
+    y = rows.new_empty((*x.shape[:-1], out_features))  # no view, since models add to it in place
     added = None if bias is None else bias.detach().float().contiguous()
     packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
-    x_, added_, left_, right_, y_ = arrays(rows, added, left, right, y)
+    x_, added_, left_, right_, y_ = arrays(rows, added, left, right, matrix(y))
     core.linear_4bit(x_, *packed, added_, left_, right_, y_, torch.get_num_threads())
-    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+    return y.to(x.dtype)
 
 
 def backward_by_core(
@@ -175,11 +175,11 @@ def backward_by_core(
 ) -> Tensor:
     """`left` float32 [rows, r] and `right` float32 [r, in], both or neither: left right is added to the gradient."""
     rows = float_rows(grad)
-    gx = rows.new_empty((rows.shape[0], in_features))
+    gx = rows.new_empty((*grad.shape[:-1], in_features))
     packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
-    grad_, left_, right_, gx_ = arrays(rows, left, right, gx)
+    grad_, left_, right_, gx_ = arrays(rows, left, right, matrix(gx))
     core.linear_4bit_backward(grad_, *packed, left_, right_, gx_, torch.get_num_threads())
-    return gx.to(grad.dtype).view(*grad.shape[:-1], in_features)
+    return gx.to(grad.dtype)
 
 
 def float_rows(x: Tensor) -> Tensor:

@@ -152,8 +152,9 @@ def _lora_linear_core(
     with torch.autocast(x.device.type, enabled=False):
         rows, right = float_rows(x), float_rows(b)
         low = (rows @ a.detach().float().T).mul_(scaling)
-        y = by_core(core, rows, codes, absmax, absmax_scale, absmax_offset, bias, format, b.shape[0], low, right)
-        return y.to(x.dtype).view(*x.shape[:-1], b.shape[0]), low
+        wide = rows.view(x.shape)
+        y = by_core(core, wide, codes, absmax, absmax_scale, absmax_offset, bias, format, b.shape[0], low, right)
+        return y.to(x.dtype), low
 
 
 def _to_x_core(

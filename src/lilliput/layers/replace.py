@@ -1,6 +1,7 @@
 """Walk a model and put quantized layers in place of its linear ones; ties and heads stay as they are.
 
-Only plain `nn.Linear` and `Conv1D` are replaced: a subclass may read its weight in ways of its own.
+Only plain `nn.Linear` and `Conv1D` are replaced, and subclasses that are known to compute the same: others may read
+their weight in ways of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from lilliput.errors import UsageError, nearest
 from lilliput.layers.linear import QuantizedLinear
 
 _LINEAR = (nn.Linear, Conv1D)
+# Subclasses of nn.Linear whose forward is x Wᵀ + b, written in another way.
+_SAME_AS_LINEAR = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 
 
 def replace_linears(
@@ -35,7 +38,7 @@ def replace_linears(
     Raises:
         UsageError: an unknown format, or a name in `skip` that matches no module.
     """
-    names = [name for name, module in model.named_modules() if type(module) in _LINEAR]
+    names = [name for name, module in model.named_modules() if is_linear(module)]
     left_alone = set(default_skip(model)) if skip is None else _resolve(model, skip) | set(_tied(model))
     replaced = [name for name in names if not _inside(name, left_alone)]
     for name in replaced:
@@ -56,7 +59,7 @@ def default_skip(model: nn.Module) -> list[str]:
     backbone: Any = getattr(model, "base_model", model)
     if backbone is not model:
         inside = {id(module) for module in backbone.modules()}
-        skipped |= {n for n, m in model.named_modules() if type(m) in _LINEAR and id(m) not in inside}
+        skipped |= {n for n, m in model.named_modules() if is_linear(m) and id(m) not in inside}
     in_float32: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
     for pattern in in_float32:
         skipped |= {name for name, _ in model.named_modules() if pattern in name.split(".")}
@@ -72,7 +75,13 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Names of the linear layers of `model` that are not quantized."""
-    return [name for name, module in model.named_modules() if type(module) in _LINEAR]
+    return [name for name, module in model.named_modules() if is_linear(module)]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a dense linear layer that a quantized one can stand for."""
+    kind = type(module)
+    return kind in _LINEAR or f"{kind.__module__}.{kind.__qualname__}" in _SAME_AS_LINEAR
 
 
 def shape_of(linear: nn.Linear | Conv1D) -> tuple[int, int]:

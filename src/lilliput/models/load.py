@@ -7,6 +7,7 @@ warn about is an error here. Not here: checkpoints quantized by other libraries;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from lilliput.errors import CheckpointError, LilliputError, UsageError, nearest
@@ -31,6 +39,8 @@ from lilliput.models.rope import take_over_factors
 from lilliput.models.stream import StoredTensor, directory_files, hash_directory, stored_tensors
 from lilliput.progress import bar
 
+# Constants that older versions of transformers wrote among the weights, beyond those that it passes over by itself.
+_BUFFERS_OF_OLD = re.compile(r"\.attn\.masked_bias$")  # GPT-2
 _SHOWN = 4  # names in an error about many
 
 
@@ -166,14 +176,15 @@ def _take_quantization(config: PreTrainedConfig, source: Source) -> LilliputConf
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that the config names, else the one for causal language models."""
+    """The class that the config names, else the one for language models: causal, or with encoder and decoder."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     try:
         with torch.device("meta"):
-            return type(AutoModelForCausalLM.from_config(config))
+            found = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            return type(found.from_config(config))
     except ValueError as error:
         raise CheckpointError(f"transformers has no model for '{config.model_type}'", where="config.json") from error
 
@@ -218,6 +229,7 @@ def _check(info: dict[str, Any], name: str) -> None:
             where=name,
             todo="Weights and config.json belong to different models.",
         )
+    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not _BUFFERS_OF_OLD.search(key)}
     for kind, what in (
         ("missing_keys", "are missing from"),
         ("unexpected_keys", "have no place in the model but lie in"),

@@ -36,6 +36,7 @@ from lilliput.lora import (
     set_adapter,
     target_layers,
 )
+from lilliput.models.causal import longest_row
 from lilliput.progress import console, track
 from lilliput.training.trainer import Batch, Collate, LabelLoss, batch_of, pad_id
 
@@ -171,13 +172,20 @@ def _piece(example: Example) -> Example:
 
 
 def _packed_loss(setup: _Setup) -> _Finding:
-    """Our loss of all pieces in one packed row, against the model's plain forward on each piece alone."""
+    """Our loss of all pieces in one packed row, against the model's plain forward on each piece alone.
+
+    In several rows where one may not be so long, and in rows of one piece where the model takes no packed ones (a run
+    refuses to pack for it).
+    """
     with torch.no_grad():
         alone = sum(_plain_loss(setup, piece) for piece in setup.pieces)
-        rows = pack(setup.pieces, sum(len(piece) for piece in setup.pieces))
+        lengths = [len(piece) for piece in setup.pieces]
+        whole = min(sum(lengths), longest_row(setup.model) or sum(lengths))
+        rows = pack(setup.pieces, whole) if setup.loss.packs else [Pack.of([piece]) for piece in setup.pieces]
         packed = setup.loss(**setup.batch(rows), num_items_in_batch=1)["loss"].item()
     apart = abs(packed - alone) / abs(alone)
-    detail = f"{packed:.6f} packed, {alone:.6f} one by one; {apart:.1e} apart"
+    how = "packed" if setup.loss.packs else "in rows of one, since the model takes no packed ones"
+    detail = f"{packed:.6f} {how}, {alone:.6f} one by one; {apart:.1e} apart"
     todo = (
         "Tokens see other examples of their row, or the loss is not the model's: "
         "set data.packing=false, and report the model's architecture."

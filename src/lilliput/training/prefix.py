@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lilliput.data import Example, Pack
-from lilliput.errors import UsageError
+from lilliput.errors import FormatError, UsageError
 from lilliput.progress import warn
 from lilliput.training.recipe import TrainSection
 from lilliput.training.trainer import LabelLoss, batch_of
@@ -45,7 +45,7 @@ _GB = 10**9
 # Largest relative difference between a row in a batch and the row alone, by the hidden states' number type.
 _AGREES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # What the forward of a family says when it cannot be called like this.
-_UNFIT = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+_UNFIT = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, FormatError)
 
 
 class StandIn(nn.Module):

@@ -22,6 +22,7 @@ from lilliput.errors import DataError, UsageError
 from lilliput.files import read_json, sha256_file, write_json, write_text
 from lilliput.lora import LoraConfig, Passport, add_adapter, make_passport, save_adapter, trainable_parameters
 from lilliput.models import load_model, load_tokenizer
+from lilliput.models.causal import context_length, longest_row, require_causal
 from lilliput.progress import bar, say, warn
 from lilliput.training.checks import CheckResult, require, run_checks
 from lilliput.training.fused import fused
@@ -42,7 +43,16 @@ from lilliput.training.resume import (
     read_state,
     stopped_early,
 )
-from lilliput.training.trainer import LabelLoss, LabelTrainer, Rows, count_steps, make_arguments, pad_id
+from lilliput.training.trainer import (
+    LabelLoss,
+    LabelTrainer,
+    Rows,
+    can_pack,
+    count_steps,
+    make_arguments,
+    pad_id,
+    refuse_packing,
+)
 
 _FEWEST_TO_SPLIT = 20  # examples; below it a held-out share would say nothing and cost much
 
@@ -131,9 +141,15 @@ def check_data(model: str, data: str | Path, recipe: Recipe, *, progress: bool =
 
 
 def load_base(model: str, recipe: Recipe, *, progress: bool = True) -> PreTrainedModel:
-    """The base in the recipe's number format with a new adapter on it, its first numbers drawn by the recipe's seed."""
+    """The base in the recipe's number format with a new adapter on it, its first numbers drawn by the recipe's seed.
+
+    Raises UsageError for a model that is no causal language model, or that cannot have the packed rows of the recipe.
+    """
     section = recipe.model
     base = load_model(model, format=section.format, double_quant=section.double_quant, progress=progress)
+    require_causal(base, "training")
+    if recipe.data.packing:
+        _check_packing(base, recipe.data.max_length)
     set_seed(recipe.train.seed)
     add_adapter(base, LoraConfig(**{**recipe.lora.model_dump(), "task_type": "CAUSAL_LM"}))
     trained, total = trainable_parameters(base)
@@ -220,13 +236,26 @@ def split(examples: Sequence[Example], fraction: float, limit: int, seed: int) -
 
 def _within_positions(model: PreTrainedModel, examples: Sequence[Example]) -> None:
     """Raise UsageError for an example with more tokens than the model has positions: nothing good would be learned."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = context_length(model)
     longest = max(examples, key=len)
     if positions is not None and len(longest) > positions:
         raise UsageError(
             f"{len(longest):,} tokens, and the model has {positions:,} positions",
             where=longest.origin,
             todo=f"Set data.max_length={positions}; data.overlong says what becomes of longer rows.",
+        )
+
+
+def _check_packing(model: PreTrainedModel, length: int) -> None:
+    """Raise UsageError where packed rows of so many tokens would not be to the model what their examples are."""
+    if not can_pack(model):
+        refuse_packing(model)
+    limit = longest_row(model)
+    if limit is not None and length > limit:
+        raise UsageError(
+            f"rows of {length:,} tokens, and {type(model).__name__} has positions for {limit:,} in a row",
+            where="data.max_length",
+            todo=f"Set data.max_length={limit} (or data.packing=false).",
         )
 
 

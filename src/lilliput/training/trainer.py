@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,18 @@ from transformers.trainer_callback import PrinterCallback
 
 from lilliput.data import Pack, collate
 from lilliput.data.packing import NO_LABEL
-from lilliput.errors import LilliputError
+from lilliput.errors import LilliputError, UsageError
 from lilliput.files import write_safetensors
 from lilliput.kernels.linear_loss import linear_loss
 from lilliput.progress import warn
-from lilliput.training.attention import block_by_block, blocks_of, longest_block, works_in_blocks
+from lilliput.training.attention import (
+    additive,
+    block_by_block,
+    blocks_of,
+    longest_block,
+    takes_packed_rows,
+    works_in_blocks,
+)
 from lilliput.training.recipe import TrainSection
 
 if TYPE_CHECKING:
@@ -51,6 +58,7 @@ class LabelLoss(nn.Module):
             taken, at the positions that are labelled in any row of the batch.
 
     Attributes:
+        packs: whether rows may hold several examples.
         prefix: set while the frozen lower layers are reused (prefix.py).
     """
 
@@ -61,8 +69,9 @@ class LabelLoss(nn.Module):
         super().__init__()
         self.model = model
         self.direct = head_is_plain(model) if direct is None else direct
+        self.packs = can_pack(model)
         sample = collate([_SAMPLE], 0)
-        self.in_blocks = works_in_blocks(model, additive(sample["attention_mask"], model.dtype), sample["position_ids"])
+        self.in_blocks = self.packs and works_in_blocks(model, sample["attention_mask"], sample["position_ids"])
         self.prefix: Prefix | None = None
 
     def forward(
@@ -87,7 +96,10 @@ class LabelLoss(nn.Module):
             packs: the rows themselves, by which the frozen prefix knows them; None: all layers run.
 
         Returns: {"loss": scalar}.
+        Raises UsageError for packed rows where the model cannot keep them apart.
         """
+        if attention_mask is not None and not self.packs:
+            refuse_packing(self.model)
         wanted = labels[:, 1:]  # the token at t is predicted from t - 1
         with (
             self.called(input_ids, attention_mask, position_ids) as plain,
@@ -107,7 +119,7 @@ class LabelLoss(nn.Module):
         """
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
-            "attention_mask": None if attention_mask is None else additive(attention_mask, self.model.dtype),
+            "attention_mask": None if attention_mask is None else additive(attention_mask, self.model),
             "position_ids": position_ids,
             "use_cache": False,
         }
@@ -142,13 +154,19 @@ class LabelLoss(nn.Module):
         )
 
 
-def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool attention mask as the numbers that are added to attention scores, made once for all layers.
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether each example of a packed row is to this model as if it were alone; tried on a few tokens."""
+    sample = collate([_SAMPLE], 0)
+    return takes_packed_rows(model, sample["attention_mask"], sample["position_ids"])
 
-    Every implementation in transformers adds a mask of floats; some would add a bool mask as 0 and 1.
-    """
-    numbers = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-    return numbers.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+def refuse_packing(model: PreTrainedModel) -> NoReturn:
+    """Raise the UsageError for a model that cannot have packed rows."""
+    raise UsageError(
+        f"{type(model).__name__} cannot keep the examples of a packed row apart (it takes no mask but padding)",
+        where="data.packing",
+        todo="Set data.packing=false: a row then holds one example, which costs padding and no exactness.",
+    )
 
 
 @torch.no_grad()
