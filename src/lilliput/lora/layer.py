@@ -7,7 +7,7 @@ For a frozen weight W [out, in] and input x the layer computes, over the active 
 with A random and B zero at the start, so that training begins at the base's own output. rsLoRA (arXiv 2312.03732)
 takes s = alpha / sqrt(r), so that the update does not shrink with the rank. A and B are float32 whatever the base.
 The base is any module with `in_features` and `out_features` (dense or quantized), a Conv1D, or an Embedding.
-One adapter on a quantized base is one operation on a CPU (kernels/lora_linear_4bit.py), equal to rounding.
+One adapter on a quantized base is one operation on a CPU (kernels/lora_linear.py), equal to rounding.
 State keys are PEFT's: `base_layer.*`, `lora_A.<name>.weight`, `lora_embedding_A.<name>`, `modules_to_save.<name>.*`.
 Not here: which modules are wrapped (targets.py), which adapters are active (adapters.py).
 """
@@ -185,7 +185,7 @@ class LoraLinear(LoraLayer):
         return result.to(dtype)
 
     def _is_one_operation(self, x: Tensor) -> bool:
-        """Whether h is what kernels.lora_linear_4bit computes: one adapter without dropout on a quantized base.
+        """Whether h is what kernels.lora_linear computes: one adapter without dropout on a quantized base.
 
         Elsewhere than on a CPU in float32, under autocast, and where somebody listens with hooks or took a layer's
         place, the parts are called one by one.
@@ -205,7 +205,7 @@ class LoraLinear(LoraLayer):
 
     def _in_one(self, x: Tensor) -> Tensor:
         name, base = self.active[0], self.base_layer
-        return kernels.lora_linear_4bit(x, base.quantized, *self._weights(name), self.scaling[name], base.bias)
+        return kernels.lora_linear(x, base.quantized, *self._weights(name), self.scaling[name], base.bias)
 
 
 class LoraEmbedding(LoraLayer):
