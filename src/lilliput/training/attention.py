@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lilliput.layers import unrounded
+
 NAME = "lilliput_blocks"
 _SHORTER_THAN_CAUSAL = ("sliding_window", "attention_chunk_size")  # config: how far a token may look at most
 
@@ -105,9 +107,10 @@ def works_in_blocks(model: PreTrainedModel, mask: Tensor, position_ids: Tensor) 
     }
     training = model.training
     model.eval()
-    masked = model.base_model(**inputs).last_hidden_state
+    with unrounded(model):
+        masked = model.base_model(**inputs).last_hidden_state
     try:
-        with block_by_block(model):
+        with block_by_block(model), unrounded(model):
             if model.config._attn_implementation != NAME:  # an older architecture, which cannot be given one
                 return False
             blocked = model.base_model(**inputs, blocks=blocks_of(position_ids)).last_hidden_state

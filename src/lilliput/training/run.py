@@ -132,8 +132,7 @@ def check_data(model: str, data: str | Path, recipe: Recipe, *, progress: bool =
 
 def load_base(model: str, recipe: Recipe, *, progress: bool = True) -> PreTrainedModel:
     """The base in the recipe's number format with a new adapter on it, its first numbers drawn by the recipe's seed."""
-    section = recipe.model
-    base = load_model(model, format=section.format, double_quant=section.double_quant, progress=progress)
+    base = load_model(model, **recipe.model.model_dump(), progress=progress)
     set_seed(recipe.train.seed)
     add_adapter(base, LoraConfig(**{**recipe.lora.model_dump(), "task_type": "CAUSAL_LM"}))
     trained, total = trainable_parameters(base)
