@@ -76,9 +76,10 @@ def test_frozen_layers_are_reused_and_rows_alone_come_to_the_same(
     assert all(torch.equal(off[name], on[name]) for name in off)
 
 
-def test_a_tied_head_in_int8_is_trained_beside(tiny_llama, tiny_tokenizer, rows: Path, tmp_path: Path) -> None:
+def test_a_tied_head_in_int8_is_trained_beside(tiny_llama, tiny_tokenizer, rows: Path, tmp_path: Path, capsys) -> None:
     tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     tiny_tokenizer.save_pretrained(tmp_path / "tied")
     recipe = quick(*INT8, "model.embeddings=true", "train.max_steps=3")
     result = tune(str(tmp_path / "tied"), rows, tmp_path / "run", recipe, progress=False)
     assert result.steps == 3
+    assert "computes its logits in int8" in " ".join(capsys.readouterr().err.split())
