@@ -25,13 +25,13 @@ if TYPE_CHECKING:
         set_adapter,
         unmerge,
     )
-    from lilliput.models import FP4Config, NF4Config, load_model, load_tokenizer, pull, save_model
+    from lilliput.models import FP4Config, Int8Config, NF4Config, load_model, load_tokenizer, pull, save_model
     from lilliput.training import tune
 
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "models": ("FP4Config", "NF4Config", "load_model", "load_tokenizer", "pull", "save_model"),
+    "models": ("FP4Config", "Int8Config", "NF4Config", "load_model", "load_tokenizer", "pull", "save_model"),
     "lora": (
         "LoraConfig",
         "add_adapter",
@@ -50,6 +50,7 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "FP4Config",
+    "Int8Config",
     "LilliputError",
     "LoraConfig",
     "NF4Config",

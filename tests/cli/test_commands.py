@@ -142,6 +142,52 @@ def test_quantize_writes_a_directory_that_loads_again(tiny_model_dir, text, tmp_
         assert ours["footprint_bytes"] == theirs["footprint_bytes"] == made["quantized_bytes"]
 
 
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_an_int8_directory_is_chatted_with_scored_and_tuned(
+    embeddings: bool, rows, tiny_model_dir, text, tmp_path
+) -> None:
+    small, options = tmp_path / "int8", ["--embeddings"] if embeddings else []
+    made = answer("quantize", tiny_model_dir, "--format", "int8", "--threshold", 5, *options, "-o", small)
+    assert (made["double_quant"], made["threshold"], made["embeddings"]) == (False, 5.0, embeddings)
+    assert made["bits_per_quantized_parameter"] == pytest.approx(8 + 32 / 64, abs=0.3)  # rows of 64 and 128
+    held = json.loads((small / "config.json").read_text())["quantization_config"]
+    assert (held["format"], held["threshold"], held["embeddings"]) == ("int8", 5.0, embeddings)
+    scored = answer("eval", "perplexity", small, "--text", text, "--context", 64)
+    assert scored["footprint_bytes"] == made["quantized_bytes"]
+    assert answer("chat", small, "--prompt", "Hi", "--max-new-tokens", 3)["tokens"] == 3
+    run = answer("tune", small, "--data", rows, "-o", tmp_path / "run", *QUICK, "--format", "int8")
+    assert run["steps"] == 2
+    again = answer("eval", "perplexity", small, "--adapter", tmp_path / "run", "--text", text, "--context", 64)
+    assert again["format"] == "int8"
+
+
+def test_int8_while_it_is_loaded(rows, tiny_model_dir, text, tmp_path) -> None:
+    exact = answer("eval", "perplexity", tiny_model_dir, "--text", text, "--context", 64)
+    small = answer("eval", "perplexity", tiny_model_dir, "--text", text, "--context", 64, "--format", "int8")
+    assert small["perplexity"] == pytest.approx(exact["perplexity"], rel=0.01)
+    assert small["footprint_bytes"] < exact["footprint_bytes"]
+    out = tmp_path / "run"
+    answer("tune", tiny_model_dir, "--data", rows, "-o", out, *QUICK, "--format", "int8", "--set", "model.threshold=4")
+    assert "threshold: 4" in (out / "recipe.yaml").read_text()
+    scored = answer("eval", "perplexity", tiny_model_dir, "--adapter", out, "--text", text, "--context", 64)
+    assert scored["format"] == "int8"  # the passport's
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--format", "int8", "--double-quant"], "int8 has no double_quant"),
+        (["--threshold", "6"], "nf4 has no threshold"),
+        (["--embeddings"], "nf4 has no embeddings"),
+        (["--format", "int8", "--threshold", "-1"], "threshold=-1"),
+        (["--format", "none", "--embeddings"], "not to be quantized"),
+    ],
+)
+def test_options_that_a_format_has_not_are_wrong_use(options, said, tiny_model_dir, tmp_path) -> None:
+    assert said in refusal("quantize", tiny_model_dir, "-o", tmp_path / "out", *options, status=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_quantize_to_none_only_converts(tiny_model_dir, text, tmp_path) -> None:
     made = answer("quantize", tiny_model_dir, "--format", "none", "-o", tmp_path / "same")
     assert made["quantized_parameters"] == 0

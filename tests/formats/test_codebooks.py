@@ -45,5 +45,10 @@ def test_dynamic8_follows_the_definition(signed: bool) -> None:
 
 
 def test_codebooks_ascend_but_for_fp4() -> None:
-    for book in (codebooks.nf4(), codebooks.dynamic8(), codebooks.dynamic8(signed=False)):
+    for book in (codebooks.nf4(), codebooks.int8(), codebooks.dynamic8(), codebooks.dynamic8(signed=False)):
         assert bool((book[1:] > book[:-1]).all())
+
+
+def test_int8_is_the_whole_numbers_over_127() -> None:
+    expected = torch.tensor([float(Fraction(n, 127)) for n in range(-127, 128)], dtype=torch.float32)
+    assert torch.equal(codebooks.int8(), expected)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lilliput.errors import FormatError, UsageError
-from lilliput.formats import DYNAMIC8, FORMATS, NF4, QuantizedTensor, get_format, quantize
+from lilliput.formats import DYNAMIC8, FORMATS, INT8, NF4, QuantizedTensor, get_format, quantize
 
 
 def test_get_format_knows_each_row_and_suggests_the_nearest() -> None:
-    assert [get_format(name).name for name in FORMATS] == ["nf4", "fp4"]
+    assert [get_format(name).name for name in FORMATS] == ["nf4", "fp4", "int8"]
     assert get_format(NF4) is NF4
     with pytest.raises(UsageError, match=r"unknown number format 'nf-4'; did you mean 'nf4'\?"):
         get_format("nf-4")
@@ -43,3 +43,43 @@ def test_half_of_a_double_quantization_is_refused() -> None:
 
 def test_dynamic8_is_not_offered_for_weights() -> None:
     assert DYNAMIC8.name not in FORMATS
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((), 1), ((5,), 1), ((0,), 1), ((3, 4), 3), ((3, 0), 3), ((0, 4), 0), ((2, 3, 4), 6)]
+)
+def test_int8_has_an_absmax_a_row(shape: tuple[int, ...], rows: int) -> None:
+    q = quantize(torch.ones(shape), "int8")
+    assert (q.absmax.shape, q.codes.shape) == ((rows,), (q.numel,))
+    assert (q.absmax.dtype, q.codes.dtype) == (torch.float32, torch.int8)
+    assert q.nbytes == q.numel + 4 * rows
+
+
+def test_codes_of_another_type_are_refused() -> None:
+    with pytest.raises(FormatError, match=r"codes are torch\.uint8, int8 has torch\.int8"):
+        QuantizedTensor(INT8, (2, 3), torch.zeros(6, dtype=torch.uint8), torch.zeros(2))
+
+
+def test_options_are_the_formats_own_unless_given() -> None:
+    assert get_format("nf4").option("double_quant") is True
+    assert get_format("nf4").option("double_quant", False) is False
+    assert get_format("int8").option("threshold") == 6.0
+    assert get_format("int8").option("threshold", 0) == 0
+    assert get_format("int8").option("double_quant") is False
+
+
+@pytest.mark.parametrize(
+    ("format", "option", "value"),
+    [("int8", "double_quant", True), ("nf4", "threshold", 6.0), ("fp4", "embeddings", True)],
+)
+def test_an_option_that_a_format_lacks_is_refused_when_asked_for(format: str, option: str, value: object) -> None:
+    with pytest.raises(UsageError, match=rf"{option}={value} was asked for, and {format} has no {option}"):
+        get_format(format).option(option, value)
+    assert not get_format(format).option(option, type(value)(0))  # switched off is no fault
+
+
+def test_int8_quantizes_without_double_quantization() -> None:
+    assert not quantize(torch.randn(4, 64), "int8").double_quant
+    assert not quantize(torch.randn(4, 64), "int8", double_quant=False).double_quant
+    with pytest.raises(UsageError, match="int8 has no double_quant"):
+        quantize(torch.randn(4, 64), "int8", double_quant=True)

@@ -30,7 +30,7 @@ def test_codes_constants_and_values_equal_the_reference(
     backend: str, nasty: str, format: str, dtype: torch.dtype
 ) -> None:
     x = NASTY[nasty]().to(dtype)
-    for double_quant in (False, True):
+    for double_quant in (False, None):
         q = quantize(x, format, double_quant)
         assert_same(q, formats.quantize(x, format, double_quant))
         for out in (*DTYPES, torch.float64):
@@ -71,8 +71,9 @@ def test_rounding_to_half_on_the_way_out(backend: str) -> None:
 def test_what_is_not_finite_is_refused_with_its_place(backend: str, value: str, dtype: torch.dtype, place: int) -> None:
     x = torch.ones(5, 40, dtype=dtype)
     x.view(-1)[place:] = NOT_FINITE[value]
-    with pytest.raises(FormatError, match=rf"the number at \[{place // 40}, {place % 40}\]"):
-        quantize(x)
+    for format in FORMATS:
+        with pytest.raises(FormatError, match=rf"the number at \[{place // 40}, {place % 40}\]"):
+            quantize(x, format)
 
 
 def test_other_types_are_refused(backend: str) -> None:
@@ -94,6 +95,14 @@ def test_opcheck(backend: str, double_quant: bool) -> None:
     torch.library.opcheck(torch.ops.lilliput.quantize_4bit.default, (x, "fp4"))
     packed: tuple[Tensor | None, ...] = (q.codes, q.absmax, q.absmax_scale, q.absmax_offset)
     torch.library.opcheck(torch.ops.lilliput.dequantize_4bit.default, (*packed, "fp4", [3, 33], torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(3, 33), (2, 3, 5), (7,), (), (0, 4), (4, 0)])
+def test_opcheck_of_int8(backend: str, shape: tuple[int, ...]) -> None:
+    q = quantize(torch.randn(shape), "int8")
+    torch.library.opcheck(torch.ops.lilliput.quantize_int8.default, (torch.randn(shape),))
+    operation = torch.ops.lilliput.dequantize_int8.default
+    torch.library.opcheck(operation, (q.codes, q.absmax, list(shape), torch.bfloat16))
 
 
 def test_use_refuses_unknown_backends() -> None:

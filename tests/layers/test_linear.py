@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lilliput import formats
 from lilliput.errors import FormatError, UsageError
-from lilliput.layers import QuantizedLinear
+from lilliput.layers import QuantizedLinear, unrounded
 
-KINDS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
+KINDS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", None)]
 SHAPES = [(64, 128), (7, 9), (1, 1), (3, 200)]  # (in, out); odd products end in half a byte, ragged blocks
 
 
@@ -42,7 +42,8 @@ def test_forward_is_the_product_with_the_reference_dequantization(format, double
     layer = QuantizedLinear.from_linear(linear, format, double_quant)
     weight = formats.dequantize(formats.quantize(linear.weight.detach(), format, double_quant))
     x = torch.randn(2, 5, shape[0])
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, linear.bias))
+    with unrounded(layer):  # int8 rounds x as well: tests below
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, linear.bias))
     torch.testing.assert_close(layer.dequantize(), weight, rtol=0, atol=0)
     assert isinstance(layer, nn.Linear)
     assert (layer.in_features, layer.out_features) == shape
@@ -188,3 +189,72 @@ def test_the_view_of_the_codes_follows_them() -> None:
     assert not torch.equal(twin.dequantize(), layer.dequantize())
     assert "_view" not in pickle.loads(pickle.dumps(layer)).__dict__
     assert layer.to("meta").quantized.codes.is_meta
+
+
+# ---- int8 ----
+
+
+def make_int8(threshold: float | None = None) -> QuantizedLinear:
+    return QuantizedLinear.from_linear(make_linear(), "int8", threshold=threshold)
+
+
+def test_int8_computes_llm_int8s_product_with_its_threshold():
+    linear, x = make_linear(), torch.randn(2, 5, 64) * 3
+    for threshold in (0.0, 4.0):
+        layer = QuantizedLinear.from_linear(linear, "int8", threshold=threshold)
+        q = formats.quantize(linear.weight.detach(), "int8")
+        expected = formats.rowwise.vectorwise_product(x.view(10, 64), q.codes.view(q.shape), q.absmax, threshold)
+        torch.testing.assert_close(layer(x), expected.view(2, 5, 128) + linear.bias)
+    assert make_int8().threshold == 6.0
+    assert QuantizedLinear.from_linear(linear).threshold == 0.0
+
+
+def test_int8_is_saved_as_a_matrix_with_an_absmax_a_row():
+    layer = make_int8()
+    assert set(layer.state_dict()) == {"weight", "weight_absmax", "bias"}
+    assert (layer.weight.dtype, layer.weight.shape) == (torch.int8, (128, 64))
+    assert (layer.weight_absmax.dtype, layer.weight_absmax.shape) == (torch.float32, (128,))
+    assert layer.quantized.nbytes == 128 * 64 + 128 * 4
+    filled = QuantizedLinear.empty(64, 128, True, "int8").to_empty(device="cpu")
+    filled.load_state_dict(layer.state_dict())
+    assert_same(filled, layer)
+
+
+def test_int8_survives_what_is_done_to_modules():
+    layer, x = make_int8(2.0), torch.randn(3, 64)
+    expected = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).half().float()):
+        assert other.threshold == 2.0
+        assert torch.equal(other.weight, layer.weight)
+        assert torch.equal(other.weight_absmax, layer.weight_absmax)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    assert "format=int8, threshold=2.0" in repr(layer)
+    conv = Conv1D(96, 64)
+    turned = QuantizedLinear.from_linear(conv, "int8")
+    assert turned.transposed
+    assert torch.equal(turned.dequantize(), formats.dequantize(formats.quantize(conv.weight.detach().t(), "int8")))
+
+
+def test_int8_with_options_that_do_not_fit_is_refused():
+    with pytest.raises(UsageError, match="int8 has no double_quant"):
+        QuantizedLinear.from_linear(make_linear(), "int8", double_quant=True)
+    with pytest.raises(UsageError, match="nf4 has no threshold"):
+        QuantizedLinear.from_linear(make_linear(), "nf4", threshold=6.0)
+    with pytest.raises(UsageError, match="threshold=-1"):
+        make_int8(-1.0)
+    linear = make_linear()
+    linear.weight.data[3, 5] = float("nan")
+    with pytest.raises(FormatError, match=r"\[3, 5\]"):
+        QuantizedLinear.from_linear(linear, "int8")
+
+
+def test_unrounded_takes_the_inputs_as_they_are_and_gives_the_threshold_back():
+    model = nn.Sequential(make_int8(3.0), nn.Linear(128, 64), QuantizedLinear.from_linear(make_linear()))
+    x = torch.randn(5, 64)
+    with pytest.raises(KeyError), unrounded(model) as names:
+        assert names == ["0"]
+        dense = nn.functional.linear(x, model[0].dequantize(), model[0].bias)
+        torch.testing.assert_close(model[0](x), dense)
+        raise KeyError
+    assert model[0].threshold == 3.0
+    assert (model[0](x) - dense).abs().max() > 1e-4

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, RobertaConfig, Rober
 
 from lilliput import lora
 from lilliput.errors import FormatError, UsageError
-from lilliput.layers import QuantizedLinear, replace_linears
+from lilliput.layers import QuantizedLinear, replace_linears, unrounded
 from lilliput.lora import LoraConfig
 from lilliput.lora.adapters import adapter_tensors, base_only
 from lilliput.lora.layer import LoraLinear
@@ -389,12 +389,39 @@ def test_gradients_over_a_quantized_base_are_those_over_its_dequantized_weights(
         assert gradient.abs().max() > 0, name
 
 
+def test_an_int8_base_is_merged_with_its_update_and_comes_back(tiny_llama: MakeLlama) -> None:
+    model = tiny_llama()
+    replace_linears(model, "int8")
+    add(model)
+    tuned = logits(model)
+    with unrounded(model):
+        exact = logits(model)
+    lora.merge(model)
+    torch.testing.assert_close(logits(model), exact, rtol=1e-4, atol=1e-5)  # a dense layer rounds no input
+    lora.unmerge(model)
+    assert torch.equal(logits(model), tuned)
+
+
+def test_an_adapter_on_an_int8_table_is_merged_into_a_dense_one(tiny_llama: MakeLlama) -> None:
+    model = tiny_llama()
+    replace_linears(model, "int8", embeddings=True)
+    add(model, target_modules=["embed_tokens"])
+    tuned, table = logits(model), model.model.embed_tokens.base_layer
+    lora.merge(model)
+    assert type(model.model.embed_tokens.base_layer) is nn.Embedding
+    torch.testing.assert_close(logits(model), tuned, rtol=1e-2, atol=1e-3)
+    lora.unmerge(model)
+    assert model.model.embed_tokens.base_layer is table
+    assert torch.equal(logits(model), tuned)
+
+
 def test_packed_weights_count_as_the_weights_they_stand_for(tiny_llama: MakeLlama) -> None:
-    dense, quantized = tiny_llama(attention_bias=True), tiny_llama(attention_bias=True)
-    replace_linears(quantized, "nf4")
-    for model in (dense, quantized):
-        lora.add_adapter(model, LoraConfig(target_modules="all-linear"))
-    assert lora.trainable_parameters(dense) == lora.trainable_parameters(quantized)
+    for tied, options in ((False, {"format": "nf4"}), (True, {"format": "int8", "embeddings": True})):
+        dense, quantized = (tiny_llama(attention_bias=True, tie_word_embeddings=tied) for _ in range(2))
+        replace_linears(quantized, **options)
+        for model in (dense, quantized):
+            lora.add_adapter(model, LoraConfig(target_modules="all-linear"))
+        assert lora.trainable_parameters(dense) == lora.trainable_parameters(quantized)
 
 
 def test_modules_to_save_over_quantized_layers_are_refused(tiny_llama: MakeLlama) -> None:

@@ -200,11 +200,11 @@ def quantized(bias: bool = True) -> nn.Module:
 
 
 class Calls:
-    """Stands before kernels.lora_linear_4bit and counts."""
+    """Stands before kernels.lora_linear and counts."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count, self.operation = 0, kernels.lora_linear_4bit
-        monkeypatch.setattr(kernels, "lora_linear_4bit", self)
+        self.count, self.operation = 0, kernels.lora_linear
+        monkeypatch.setattr(kernels, "lora_linear", self)
 
     def __call__(self, *args: Any) -> Tensor:
         self.count += 1

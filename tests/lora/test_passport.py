@@ -110,6 +110,19 @@ def test_the_same_base_in_another_number_format_is_allowed_with_one_note(
     assert capsys.readouterr().err.count("trained over nf4") == 1
 
 
+def test_an_int8_base_is_in_the_passport(tiny_model_dir: Path, tmp_path: Path, capsys) -> None:
+    models = [from_directory(tiny_model_dir) for _ in range(2)]
+    for model in models:
+        replace_linears(model, "int8")
+    lora.add_adapter(models[0], LoraConfig(target_modules=["q_proj"]))
+    lora.save_adapter(models[0], tmp_path)
+    capsys.readouterr()
+    passport = lora.load_adapter(models[1], tmp_path)
+    assert passport is not None
+    assert (passport.format, passport.base_quantized_sha256 is None) == ("int8", False)
+    assert "trained over" not in capsys.readouterr().err
+
+
 def test_other_constants_of_the_same_format_are_noted(
     tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

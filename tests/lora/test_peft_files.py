@@ -73,14 +73,14 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> N
     ],
     ids=["all-linear", "embedding-and-head", "bias-all", "bias-lora-only"],
 )
-@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("quantized", [None, "nf4", "int8"], ids=["dense", "nf4", "int8"])
 def test_saved_and_loaded_gives_the_same_logits_bit_for_bit(
-    tiny_llama: MakeLlama, tmp_path: Path, fields: dict[str, Any], quantized: bool
+    tiny_llama: MakeLlama, tmp_path: Path, fields: dict[str, Any], quantized: str | None
 ) -> None:
     models = [tiny_llama(attention_bias=True, mlp_bias=True) for _ in range(2)]
     if quantized:
         for model in models:
-            replace_linears(model, "nf4")
+            replace_linears(model, quantized)
     lora.save_adapter(tuned(models[0], "mine", **fields), tmp_path, "mine")
     state = torch.random.get_rng_state()
     lora.load_adapter(models[1], tmp_path, "other_name")

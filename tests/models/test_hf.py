@@ -7,17 +7,31 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, RobertaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    RobertaConfig,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import lilliput
 from lilliput.errors import CheckpointError, UsageError
-from lilliput.layers import QuantizedLinear, identity_of, quantized_layers
+from lilliput.layers import QuantizedLinear, identity_of, quantized_layers, replace_linears
 from lilliput.models import load_model
 from lilliput.models.hf import config_for
 from tests.models.conftest import make_model
 
 IDS = torch.arange(3, 99).reshape(2, 48)
+CONFIGS = [
+    lilliput.NF4Config(),
+    lilliput.NF4Config(double_quant=False),
+    lilliput.FP4Config(),
+    lilliput.Int8Config(),
+    lilliput.Int8Config(threshold=1.0, embeddings=True),
+]
 
 
 @torch.no_grad()
@@ -26,11 +40,11 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2", "gpt2"])
-@pytest.mark.parametrize("config", [lilliput.NF4Config(), lilliput.NF4Config(double_quant=False), lilliput.FP4Config()])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_from_pretrained_equals_load_model_and_survives_save_pretrained(kind, config, tmp_path):
     make_model(kind).save_pretrained(tmp_path / "original")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "original", quantization_config=config)
-    ours = load_model(tmp_path / "original", format=config.format, double_quant=config.double_quant, progress=False)
+    ours = load_model(tmp_path / "original", format=config.format, **config.options, progress=False)
     assert torch.equal(logits(model), logits(ours))
     assert identity_of(model) == identity_of(ours)
     model.save_pretrained(tmp_path / "saved")
@@ -40,7 +54,7 @@ def test_from_pretrained_equals_load_model_and_survives_save_pretrained(kind, co
     assert identity_of(again).quantized_sha256 == identity_of(model).quantized_sha256
     assert torch.equal(logits(load_model(tmp_path / "saved", progress=False)), logits(model))
     assert not any(
-        p.requires_grad for _, layer in quantized_layers(again) for p in layer.parameters() if p is not layer.bias
+        p.requires_grad for _, layer in quantized_layers(again) for n, p in layer.named_parameters() if n != "bias"
     )
 
 
@@ -145,3 +159,77 @@ def test_unknown_keys_formats_and_blocks_are_refused():
         lilliput.NF4Config(format="fp4")
     with pytest.raises(CheckpointError, match="blocks of 128 values, expected 64"):
         lilliput.NF4Config(block=128)
+
+
+# ---- int8 ----
+
+
+def test_int8_config_says_what_it_holds(tiny_model_dir, tmp_path):
+    config = lilliput.Int8Config(threshold=3.0, skip_modules=["lm_head", "o_proj"], embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config)
+    assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear
+    assert {layer.threshold for _, layer in quantized_layers(model) if isinstance(layer, QuantizedLinear)} == {3.0}
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert {key: value for key, value in content.items() if key not in ("skip_modules", "weights_sha256")} == {
+        "quant_method": "lilliput", "format": "int8", "block": 0, "threshold": 3.0, "embeddings": True
+    }  # fmt: skip
+    assert config_for(**content).to_dict() == content
+    assert lilliput.Int8Config().options == {"threshold": 6.0, "embeddings": False}
+
+
+def test_what_does_not_belong_to_a_format_is_refused():
+    with pytest.raises(UsageError, match="int8 has no double_quant"):
+        lilliput.Int8Config(double_quant=True)
+    with pytest.raises(UsageError, match="nf4 has no threshold"):
+        lilliput.NF4Config(threshold=6.0)
+    with pytest.raises(UsageError, match="fp4 has no embeddings"):
+        lilliput.FP4Config(embeddings=True)
+    with pytest.raises(UsageError, match="threshold=-1"):
+        lilliput.Int8Config(threshold=-1)
+    with pytest.raises(UsageError, match="unknown key 'treshold'; did you mean 'threshold'"):
+        lilliput.Int8Config(treshold=6)
+    with pytest.raises(CheckpointError, match="blocks of 64 values, expected 0"):
+        lilliput.Int8Config(block=64)
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_tied_heads_stay_tied_through_files(embeddings, tmp_path):
+    make_model("llama-tied").save_pretrained(tmp_path / "original")
+    config = lilliput.Int8Config(embeddings=embeddings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original", quantization_config=config)
+    model.save_pretrained(tmp_path / "saved")
+    for again in (AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), load_model(tmp_path / "saved")):
+        table, head = again.get_input_embeddings(), again.get_output_embeddings()
+        assert head.weight is table.weight
+        assert type(head) is (QuantizedLinear if embeddings else nn.Linear)
+        assert not embeddings or head.weight_absmax is table.weight_absmax
+
+
+def test_a_missing_scale_of_a_table_is_an_error(tiny_model_dir, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    config = lilliput.Int8Config(embeddings=True)
+    AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.embed_tokens.weight_absmax"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight_absmax"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_footprint_of_a_gpt_neox_of_2_8_billion():
+    """Pythia 2.8B in 16 bits takes 5.17 GiB; with its linear layers in int8, half of that and the tables."""
+    config = GPTNeoXConfig(
+        hidden_size=2560, num_hidden_layers=32, num_attention_heads=32, intermediate_size=10240, vocab_size=50432
+    )
+    with torch.device("meta"):
+        model = GPTNeoXForCausalLM(config).to(torch.bfloat16)
+    dense = model.get_memory_footprint()
+    assert dense / 2**30 == pytest.approx(5.17, abs=0.01)
+    replace_linears(model, "int8")
+    assert model.get_memory_footprint() / 2**30 <= 2.84
+    with torch.device("meta"):
+        model = GPTNeoXForCausalLM(config).to(torch.bfloat16)
+    replace_linears(model, "int8", embeddings=True)
+    assert model.get_memory_footprint() / 2**30 <= 2.72  # the head is not tied and stays

@@ -345,3 +345,38 @@ def test_a_broken_file_of_settings_is_named(name, text, said, tiny_model_dir, tm
     with pytest.raises(CheckpointError, match=rf"broken.*{said}"):
         load_model(tmp_path / "broken", progress=False)
         load_tokenizer(tmp_path / "broken")
+
+
+# ---- int8 ----
+
+
+def test_options_that_the_model_has_not_are_refused(tiny_model_dir, tmp_path):
+    with pytest.raises(UsageError, match="int8 has no double_quant"):
+        load_model(tiny_model_dir, format="int8", double_quant=True, progress=False)
+    with pytest.raises(UsageError, match="is not to be quantized, and threshold=6"):
+        load_model(tiny_model_dir, threshold=6.0, progress=False)
+    save_model(load_model(tiny_model_dir, format="int8", threshold=4.0, progress=False), tmp_path)
+    with pytest.raises(UsageError, match=r"quantized to int8 with threshold=4\.0, and threshold=6\.0"):
+        load_model(tmp_path, threshold=6.0, progress=False)
+    assert load_model(tmp_path, format="int8", threshold=4.0, progress=False).config.quantization_config.threshold == 4
+
+
+def test_a_weight_that_int8_cannot_hold_is_refused_with_its_layer(tmp_path):
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("inf")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: the number at \[3, 5\]"):
+        load_model(tmp_path, format="int8", progress=False)
+
+
+def test_the_dense_rest_of_a_model_with_a_quantized_table_keeps_its_type(tmp_path):
+    make_model("llama-tied").save_pretrained(tmp_path / "original")
+    options = {"format": "int8", "embeddings": True, "dtype": torch.bfloat16, "progress": False}
+    model = load_model(tmp_path / "original", **options)
+    save_model(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.model.norm.weight.dtype == again.model.embed_tokens.dtype == torch.bfloat16
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)

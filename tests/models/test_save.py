@@ -28,7 +28,9 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
-@pytest.mark.parametrize(("format", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("none", True)])
+@pytest.mark.parametrize(
+    ("format", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", None), ("none", None)]
+)
 def test_a_saved_model_loads_again_bit_for_bit_by_both_ways(kind, format, double_quant, tmp_path):
     make_model(kind).save_pretrained(tmp_path / "original")
     model = load_model(tmp_path / "original", format=format, double_quant=double_quant, progress=False)

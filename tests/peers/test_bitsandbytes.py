@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lilliput.formats import QuantizedTensor, codebooks
-from lilliput.kernels import dequantize, linear_4bit, quantize
+from lilliput.formats import QuantizedTensor, codebooks, rowwise
+from lilliput.kernels import dequantize, linear_4bit, linear_int8, quantize
 from tests.nasty import NASTY
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed (extra 'test')")
@@ -90,3 +90,37 @@ def test_product_equals_theirs() -> None:
         x = torch.randn(rows, 128)
         theirs = x @ functional.dequantize_4bit(codes, state).t()
         torch.testing.assert_close(linear_4bit(x, q), theirs, rtol=1e-5, atol=1e-5)
+
+
+# ---- int8 ----
+
+
+@pytest.mark.parametrize("nasty", [name for name, make in NASTY.items() if make().dim() == 2 and make().numel()])
+def test_int8_codes_and_absmax(nasty: str) -> None:
+    for dtype in DTYPES:
+        x = NASTY[nasty]().to(dtype)
+        codes, absmax, _ = functional.int8_vectorwise_quant(x.clone())
+        q = quantize(x, "int8")
+        assert torch.equal(q.absmax, absmax)
+        # theirs divides by the absmax of an all-zero row, and by those too small for 127 / absmax to be a float32
+        usual = absmax > 1e-36
+        assert torch.equal(q.codes.view(x.shape)[usual], codes[usual])
+        assert not q.codes.view(x.shape)[~usual].any()
+        theirs = functional.int8_vectorwise_dequant(codes, absmax)
+        torch.testing.assert_close(dequantize(q)[usual], theirs[usual], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 3.0])
+def test_int8_product_is_theirs(threshold: float) -> None:
+    """Their operations, put together as their layer does it on a GPU."""
+    x, w = torch.randn(30, 128), torch.randn(96, 128)
+    x[:, 7] *= 30
+    codes, absmax, _ = functional.int8_vectorwise_quant(w.clone())
+    beyond = (x.abs() > threshold).any(dim=0) if threshold else torch.zeros(128, dtype=torch.bool)
+    rows, row_absmax, _ = functional.int8_vectorwise_quant(x.masked_fill(beyond, 0.0))
+    whole = torch.ops.bitsandbytes.int8_linear_matmul(rows, codes)
+    assert torch.equal(whole, rowwise.integer_product(rows, codes))
+    theirs = whole.double() * row_absmax.double()[:, None] * absmax.double() / 127**2
+    theirs += x[:, beyond].double() @ functional.int8_vectorwise_dequant(codes, absmax).double()[:, beyond].T
+    ours = linear_int8(x, quantize(w, "int8"), None, threshold)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)

@@ -18,11 +18,11 @@ IDS = torch.arange(3, 99).reshape(2, 48)
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-@pytest.fixture(params=["load_model", "from_pretrained"])
+@pytest.fixture(params=["load_model", "from_pretrained", "int8"])
 def base(request, tiny_model_dir) -> PreTrainedModel:
-    if request.param == "load_model":
-        return load_model(tiny_model_dir, format="nf4", progress=False)
-    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=NF4Config())
+    if request.param == "from_pretrained":
+        return AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=NF4Config())
+    return load_model(tiny_model_dir, format="int8" if request.param == "int8" else "nf4", progress=False)
 
 
 def config(**changes) -> peft.LoraConfig:

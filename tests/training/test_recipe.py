@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lilliput.errors import UsageError
+from lilliput.formats import FORMATS
 from lilliput.training.recipe import Recipe, load_recipe, recipe_names
 
 
@@ -30,7 +31,38 @@ def test_guanaco_is_the_papers() -> None:
     assert (recipe.lora.r, recipe.lora.lora_alpha, recipe.lora.lora_dropout) == (64, 16, 0.1)
     assert (recipe.train.learning_rate, recipe.train.schedule, recipe.train.max_grad_norm) == (2e-4, "constant", 0.3)
     assert (recipe.train.batch_size * recipe.train.accumulation, recipe.train.max_steps) == (16, 1875)
-    assert (recipe.model.format, recipe.model.double_quant) == ("nf4", True)
+    assert recipe.model.format == "nf4"
+    assert FORMATS["nf4"].option("double_quant", recipe.model.double_quant) is True
+
+
+def test_alpaca_loras_are_those_of_its_script() -> None:
+    """The defaults of finetune.py: an 8-bit base under r 8 on the query and value projections, 128 examples a step."""
+    recipe = load_recipe("alpaca-lora")
+    assert (recipe.model.format, recipe.model.threshold) == ("int8", None)  # null: the format's own 6.0
+    assert (recipe.lora.r, recipe.lora.lora_alpha, recipe.lora.lora_dropout) == (8, 16, 0.05)
+    assert recipe.lora.target_modules == ["q_proj", "v_proj"]
+    assert (recipe.train.batch_size * recipe.train.accumulation, recipe.train.epochs) == (128, 3)
+    assert (recipe.train.learning_rate, recipe.train.warmup, recipe.data.max_length) == (3e-4, 100, 256)
+
+
+def test_options_follow_the_format() -> None:
+    assert load_recipe("qlora", ["model.format=int8"]).model.double_quant is None
+    recipe = load_recipe("qlora", ["model.format=int8", "model.threshold=4", "model.embeddings=true"])
+    assert (recipe.model.threshold, recipe.model.embeddings) == (4.0, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["model.format=int8", "model.double_quant=true"], "int8 has no double_quant"),
+        (["model.threshold=6"], "nf4 has no threshold"),
+        (["model.format=fp4", "model.embeddings=true"], "fp4 has no embeddings"),
+        (["model.format=int8", "model.threshold=-1"], "threshold"),
+    ],
+)
+def test_an_option_that_the_format_has_not_is_refused(settings: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_recipe("qlora", settings)
 
 
 def test_settings_are_yaml_values() -> None:
@@ -66,7 +98,7 @@ def test_a_file_says_only_what_differs(tmp_path: Path) -> None:
         ("train.learning_rate=.inf", "train.learning_rate=inf: input should be a finite number"),
         ("train.epochs=-1", "train.epochs=-1.*greater than 0"),
         ("train.schedule=cosin", "expected one of 'constant', 'linear', 'cosine'"),
-        ("model.format=nf5", "expected one of 'nf4', 'fp4', 'none'"),
+        ("model.format=nf5", "expected one of 'nf4', 'fp4', 'int8', 'none'"),
         ("train.epochs", "not of the form section.key=value"),
         ("lora.target_modules=[", "no YAML"),
     ],

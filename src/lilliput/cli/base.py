@@ -62,11 +62,13 @@ def _other_constants(model: PreTrainedModel, passport: Passport) -> bool:
 
     A passport knows the numbers by their hash only, and there are two kinds: quantized twice (the default) or not.
     """
+    from lilliput.formats import FORMATS
     from lilliput.layers import identity_of
 
     base = identity_of(model)
     same = (base.weights_sha256, base.format) == (passport.base_weights_sha256, passport.format)
-    return same and base.quantized_sha256 != passport.base_quantized_sha256
+    has_two_kinds = base.format in FORMATS and "double_quant" in FORMATS[base.format].options
+    return same and has_two_kinds and base.quantized_sha256 != passport.base_quantized_sha256
 
 
 def size(count: float) -> str:

@@ -39,7 +39,7 @@ def demo(
     rows: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out messages to answer.")] = 100,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the generated rows and of the training.")] = 0,
     number_format: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="Number format of the base: nf4, fp4 or none.")
+        str, typer.Option("--format", metavar="NAME", help="Number format of the base: nf4, fp4, int8 or none.")
     ] = "nf4",
 ) -> Answer:
     """Fine-tune SmolLM2-135M on built-in data and compare it with its base: at most ten minutes on two cores.

@@ -33,7 +33,7 @@ from lilliput.progress import console, warn
 
 P = ParamSpec("P")
 
-FORMATS = ("nf4", "fp4", "none")  # none: the checkpoint's own numbers
+FORMATS = ("nf4", "fp4", "int8", "none")  # none: the checkpoint's own numbers
 
 # Options that several commands share, each described once.
 Model = Annotated[
@@ -42,7 +42,9 @@ Model = Annotated[
 NumberFormat = Annotated[
     str | None,
     typer.Option(
-        "--format", metavar="NAME", help="Number format of the base: nf4, fp4, or none (the checkpoint's own numbers)."
+        "--format",
+        metavar="NAME",
+        help="Number format of the base: nf4, fp4, int8, or none (the checkpoint's own numbers).",
     ),
 ]
 Adapter = Annotated[

@@ -4,7 +4,7 @@
 
 Sources: arXiv 2110.02861, section 2.1 (blocks); arXiv 2305.14314, section 3 (NF4, double quantization). Every rounding
 below is the one that bitsandbytes does on a CPU, so that codes, constants and values equal its own bit for bit. Not
-here: the quick versions (`lilliput.kernels`).
+here: the doors that make and open a QuantizedTensor (`doors.py`), the quick versions (`lilliput.kernels`).
 """
 
 from __future__ import annotations
@@ -15,39 +15,12 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import FormatError
-from lilliput.formats.format import DYNAMIC8, Format, QuantizedTensor, get_format
+from lilliput.formats.format import DYNAMIC8, Format
 from lilliput.formats.packing import pack_nibbles, unpack_nibbles
 
 _SMALLEST_ABSMAX = 1e-38  # keeps 1 / absmax finite
 _DYNAMIC8_CELLS = 65535  # steps of the grid over [-1, 1] that 8-bit codes are looked up on
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def quantize(x: Tensor, format: str | Format = "nf4", double_quant: bool = True) -> QuantizedTensor:
-    """Quantize a tensor of any shape, block by block of its flat storage.
-
-    Args:
-        x: float32, float16 or bfloat16, finite.
-        format: a name of FORMATS.
-        double_quant: also quantize the absmax (8 bits, a float32 per 256 of them): 0.127 bits a number instead of 0.5.
-
-    Raises:
-        FormatError: NaN, Inf, or another dtype.
-        UsageError: unknown format.
-    """
-    row = get_format(format)
-    codes, absmax = quantize_blocks(x, row)
-    if not double_quant:
-        return QuantizedTensor(row, tuple(x.shape), codes, absmax)
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    absmax8, scale = quantize_dynamic8(absmax - offset)
-    return QuantizedTensor(row, tuple(x.shape), codes, absmax8, scale, offset)
-
-
-def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The reals that `q` stands for, computed in float32 and rounded once to `dtype` (float64: not rounded)."""
-    absmax = block_absmax(q.absmax, q.absmax_scale, q.absmax_offset)
-    return dequantize_blocks(q.codes, absmax, q.format, q.shape, dtype)
 
 
 def quantize_blocks(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:

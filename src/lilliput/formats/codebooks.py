@@ -1,4 +1,4 @@
-"""The lists of values that codes stand for, computed from their definitions: NF4, FP4 and the dynamic tree.
+"""The lists of values that codes stand for, computed from their definitions: NF4, FP4, int8 and the dynamic tree.
 
 Sources: NF4 is QLoRA (arXiv 2305.14314, section 3 and appendix E); the dynamic tree is 8-bit Optimizers via Block-wise
 Quantization (arXiv 2110.02861, section 2); FP4 has one sign, two exponent and one mantissa bit, in the code order that
@@ -42,6 +42,12 @@ def fp4() -> Tensor:
     magnitudes = torch.tensor(_FP4_MAGNITUDES, dtype=torch.float32)
     values = torch.cat([magnitudes, -magnitudes]) / magnitudes.max()
     return values + 0.0  # code 8 would be -0.0: one zero, whichever code says it
+
+
+@cache
+def int8() -> Tensor:
+    """int8: 255 equal steps over [-1, 1], the code -128 unused. float32 [255], code -127 first, ascending."""
+    return torch.arange(-127, 128, dtype=torch.float32) / 127
 
 
 @cache

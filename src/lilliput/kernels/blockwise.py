@@ -1,6 +1,7 @@
-"""Quantize and dequantize blocks of 4 bits, and the doors that make and open a `QuantizedTensor`.
+"""Quantize and dequantize blocks of 4 bits.
 
-Sources and rounding rules: `lilliput.formats.blockwise`, which is the reference. Quantizing has no gradient.
+Sources and rounding rules: `lilliput.formats.blockwise`, which is the reference. Quantizing has no gradient. Not here:
+the doors that make and open a `QuantizedTensor` (doors.py), int8 (rowwise.py).
 """
 
 from __future__ import annotations
@@ -11,36 +12,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lilliput.formats import DYNAMIC8, Format, QuantizedTensor, get_format
+from lilliput.formats import DYNAMIC8, get_format
 from lilliput.formats import blockwise as reference
 from lilliput.kernels import core as compiled
 from lilliput.kernels import dispatch
-
-
-def quantize(x: Tensor, format: str | Format = "nf4", double_quant: bool = True) -> QuantizedTensor:
-    """Quantize a tensor of any shape, block by block of its flat storage; see `lilliput.formats.quantize`.
-
-    Raises:
-        FormatError: NaN, Inf, or a dtype other than float32, float16, bfloat16.
-        UsageError: unknown format.
-    """
-    row = get_format(format)
-    codes, absmax = torch.ops.lilliput.quantize_4bit(x.detach(), row.name)
-    if not double_quant:
-        return QuantizedTensor(row, tuple(x.shape), codes, absmax)
-    # torch's own mean, whose rounding bitsandbytes has too; like any sum of torch's it may round otherwise on another
-    # number of threads once there are more than 32,768 blocks.
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    absmax8, scale = reference.quantize_dynamic8(absmax - offset)
-    return QuantizedTensor(row, tuple(x.shape), codes, absmax8, scale, offset)
-
-
-def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The reals that `q` stands for, of its shape; computed in float32 and rounded once to `dtype`."""
-    return torch.ops.lilliput.dequantize_4bit(
-        q.codes, q.absmax, q.absmax_scale, q.absmax_offset, q.format.name, q.shape, dtype
-    )
-
 
 # ---- lilliput::quantize_4bit ----
 

@@ -1,7 +1,7 @@
 """y = x dequantize(W)^T + bias with W in 4 bits, and the gradient to x (and bias); W is frozen.
 
 Source: QLoRA, arXiv 2305.14314, equation 5. Kernel: csrc/ops/linear_4bit.cpp. Not here: the low-rank update beside it
-(lora_linear_4bit.py).
+(lora_linear.py).
 """
 
 from __future__ import annotations
@@ -35,16 +35,22 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
     Raises:
         FormatError: q is not a matrix, x or bias do not fit it, or x is of another dtype.
     """
-    check(x, q, bias)
+    check(x, q, bias, bits=4)
     return torch.ops.lilliput.linear_4bit(
         x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, q.format.name, q.shape[0]
     )
 
 
-def check(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> None:
-    """Raise FormatError when x [..., in] or bias [out] do not fit a quantized matrix, or x is of another dtype."""
+def check(x: Tensor, q: QuantizedTensor, bias: Tensor | None, bits: int | None = None) -> None:
+    """Raise FormatError when x [..., in] or bias [out] do not fit a quantized matrix, x is of another dtype, or codes
+    have other than `bits` bits.
+    """
+    if bits not in (None, q.format.bits):
+        raise FormatError(f"the matrix is in {q.format.name}, {q.format.bits} bits; this product takes {bits} bits")
     if x.dtype not in (*formats.FLOATS, torch.float64):
-        raise FormatError(f"x is {x.dtype}; a product with a 4-bit matrix takes float32, bfloat16, float16 or float64")
+        raise FormatError(
+            f"x is {x.dtype}; a product with a quantized matrix takes float32, bfloat16, float16 or float64"
+        )
     if len(q.shape) != 2 or x.shape[-1:] != q.shape[1:]:
         raise FormatError(
             f"x is {list(x.shape)}, the quantized matrix {list(q.shape)}; x's last size must be its second"

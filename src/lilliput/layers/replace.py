@@ -1,7 +1,7 @@
 """Walk a model and put quantized layers in place of its linear ones; ties and heads stay as they are.
 
-Only plain `nn.Linear` and `Conv1D` are replaced, and subclasses that are known to compute the same: others may read
-their weight in ways of their own.
+Only plain `nn.Linear`, `Conv1D` and `nn.Embedding` are replaced, and subclasses that are known to compute the same:
+others may read their weight in ways of their own.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lilliput.errors import UsageError, nearest
+from lilliput.formats import get_format
+from lilliput.layers.embedding import QuantizedEmbedding
 from lilliput.layers.linear import QuantizedLinear
+from lilliput.layers.weight import QuantizedWeight
 
 _LINEAR = (nn.Linear, Conv1D)
 # Subclasses of nn.Linear whose forward is x Wᵀ + b, written in another way.
@@ -22,7 +26,13 @@ _SAME_AS_LINEAR = frozenset({"transformers.models.falcon.modeling_falcon.FalconL
 
 
 def replace_linears(
-    model: nn.Module, format: str = "nf4", double_quant: bool = True, skip: Iterable[str] | None = None
+    model: nn.Module,
+    format: str = "nf4",
+    double_quant: bool | None = None,
+    skip: Iterable[str] | None = None,
+    *,
+    threshold: float | None = None,
+    embeddings: bool | None = None,
 ) -> list[str]:
     """Replace linear layers of `model` in place by QuantizedLinear and return their names, in the model's order.
 
@@ -32,20 +42,28 @@ def replace_linears(
     Args:
         model: any module; a transformers model's heads and ties are recognised.
         format: a number format's name.
-        double_quant: quantize the absmax values too.
+        double_quant: quantize the absmax values too (4-bit formats; None: yes).
         skip: names of modules to leave alone, full or the last parts of one ("lm_head", "self_attn.o_proj"), with all
             that is in them. None means `default_skip(model)`. Layers with tied weights are left alone in any case.
+        threshold: of products in int8 (None: 6.0; see `kernels.linear_int8`).
+        embeddings: the table of the model's input tokens too, and the head where it is tied to that (int8; None: no).
+            Their names come last in the list.
     Raises:
-        UsageError: an unknown format, or a name in `skip` that matches no module.
+        UsageError: an unknown format, an option that the format has not, a name in `skip` that matches no module or
+            shares its weight with the table, or a model without a plain table.
     """
+    row = get_format(format)
+    table = _table(model, skip) if row.option("embeddings", embeddings) else []
     names = [name for name, module in model.named_modules() if is_linear(module)]
     left_alone = set(default_skip(model)) if skip is None else _resolve(model, skip) | set(_tied(model))
     replaced = [name for name in names if not _inside(name, left_alone)]
     for name in replaced:
         linear: Any = model.get_submodule(name)
-        model.set_submodule(name, _quantized_in_place_of(linear, format, double_quant))
+        model.set_submodule(name, _quantized_in_place_of(linear, format, double_quant, threshold))
         del linear
-    return replaced
+    if table:
+        _replace_table(model, table, format, threshold)
+    return replaced + table
 
 
 def default_skip(model: nn.Module) -> list[str]:
@@ -66,10 +84,10 @@ def default_skip(model: nn.Module) -> list[str]:
     return sorted(skipped)
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    """The quantized layers of `model` with their names."""
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
+    """The linear layers and tables of `model` that are quantized, with their names."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedWeight):
             yield name, module
 
 
@@ -84,22 +102,84 @@ def is_linear(module: nn.Module) -> bool:
     return kind in _LINEAR or f"{kind.__module__}.{kind.__qualname__}" in _SAME_AS_LINEAR
 
 
+def dense_type(model: nn.Module) -> torch.dtype:
+    """The type of what is not quantized, as the first such parameter has it; float32 when there is none."""
+    constants = {id(p) for _, layer in quantized_layers(model) for n, p in layer.named_parameters() if n != "bias"}
+    floats = (p.dtype for p in model.parameters() if id(p) not in constants and p.is_floating_point())
+    return next(floats, torch.float32)
+
+
 def shape_of(linear: nn.Linear | Conv1D) -> tuple[int, int]:
     """(out, in) of an `nn.Linear` or `Conv1D`, which stores its weight as [in, out]."""
     rows, columns = linear.weight.shape
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
-def _quantized_in_place_of(linear: nn.Linear | Conv1D, format: str, double_quant: bool) -> QuantizedLinear:
+def _quantized_in_place_of(
+    linear: nn.Linear | Conv1D, format: str, double_quant: bool | None, threshold: float | None
+) -> QuantizedLinear:
     if linear.weight.device.type != "meta":
-        return QuantizedLinear.from_linear(linear, format, double_quant)
+        return QuantizedLinear.from_linear(linear, format, double_quant, threshold)
     out_features, in_features = shape_of(linear)
     bias = linear.bias
+    dtype = None if bias is None else bias.dtype
     layer = QuantizedLinear.empty(
-        in_features, out_features, bias is not None, format, double_quant, dtype=None if bias is None else bias.dtype
+        in_features, out_features, bias is not None, format, double_quant, dtype=dtype, threshold=threshold
     )
     layer.transposed = isinstance(linear, Conv1D)
     return layer
+
+
+def _table(model: nn.Module, skip: Iterable[str] | None) -> list[str]:
+    """Names of the model's token table and of all modules that share its weight, the table first."""
+    found = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if type(found) is not nn.Embedding or found.max_norm is not None:
+        what = type(model).__name__ if found is None else f"{type(model).__name__}'s {type(found).__name__}"
+        raise UsageError(f"embeddings=True needs a plain nn.Embedding for tokens; {what} has none", where="embeddings")
+    table = next(name for name, module in model.named_modules() if module is found)
+    names = [table, *(name for name in _partners(model, table) if name != table)]
+    strange = [name for name in names if type(model.get_submodule(name)) not in (nn.Linear, nn.Embedding)]
+    asked = _resolve(model, skip or ())
+    for name, why in [(n, "is no plain layer") for n in strange] + [(n, "is in skip") for n in names if n in asked]:
+        raise UsageError(f"embeddings=True quantizes '{name}' with the token table, and it {why}", where="embeddings")
+    return names
+
+
+def _partners(model: nn.Module, name: str) -> list[str]:
+    """Modules whose weight is that of module `name` too, declared or in fact."""
+    declared: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    key, weight = f"{name}.weight", model.get_submodule(name).weight
+    keys = [target for target, source in declared.items() if source == key]
+    keys += [source for target, source in declared.items() if target == key]
+    keys += [other for other, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    return list(dict.fromkeys(other.rpartition(".")[0] for other in keys))
+
+
+def _replace_table(model: nn.Module, names: list[str], format: str, threshold: float | None) -> None:
+    """Put the quantized table, and layers that share its codes, in place; the ties are declared for loads and saves."""
+    dense: Any = model.get_submodule(names[0])
+    table = _table_in_place_of(dense, format)
+    model.set_submodule(names[0], table)
+    for name in names[1:]:
+        tied: Any = model.get_submodule(name)
+        layer: QuantizedWeight
+        if isinstance(tied, nn.Embedding):
+            layer = QuantizedEmbedding(table.quantized, tied.padding_idx, tied.weight.dtype)
+        else:
+            layer = QuantizedLinear(table.quantized, tied.bias, threshold)
+        layer.share(table)
+        model.set_submodule(name, layer.train(tied.training))
+    ties: Any = getattr(model, "all_tied_weights_keys", None)
+    for target, source in list((ties or {}).items()):
+        if target.rpartition(".")[0] in names:
+            ties[f"{target}_absmax"] = f"{source}_absmax"
+
+
+def _table_in_place_of(dense: nn.Embedding, format: str) -> QuantizedEmbedding:
+    if dense.weight.device.type != "meta":
+        return QuantizedEmbedding.from_embedding(dense, format)
+    size = (dense.num_embeddings, dense.embedding_dim)
+    return QuantizedEmbedding.empty(*size, dense.padding_idx, format, dtype=dense.weight.dtype)
 
 
 def _tied(model: nn.Module) -> list[str]:

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from lilliput.errors import FormatError, UsageError, nearest
 from lilliput.files import TensorsHash
-from lilliput.layers import IdentitySource, QuantizedLinear
+from lilliput.layers import IdentitySource, QuantizedWeight
 from lilliput.layers.identity import ATTRIBUTE
 from lilliput.lora.config import LoraConfig
 from lilliput.lora.layer import LoraEmbedding, LoraLayer, LoraLinear, TrainedCopy
@@ -306,10 +307,10 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     trainable = total = 0
     seen: set[int] = set()
     for module in _counted(model):
-        packed = isinstance(module, QuantizedLinear)
-        if isinstance(module, QuantizedLinear) and id(module) not in seen:
-            seen.add(id(module))
-            total += module.in_features * module.out_features
+        packed = isinstance(module, QuantizedWeight)
+        if isinstance(module, QuantizedWeight) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            total += prod(module.weight_shape)
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen or (packed and name != "bias"):
                 continue

@@ -7,7 +7,7 @@ For a frozen weight W [out, in] and input x the layer computes, over the active 
 with A random and B zero at the start, so that training begins at the base's own output. rsLoRA (arXiv 2312.03732)
 takes s = alpha / sqrt(r), so that the update does not shrink with the rank. A and B are float32 whatever the base.
 The base is any module with `in_features` and `out_features` (dense or quantized), a Conv1D, or an Embedding.
-One adapter on a quantized base is one operation on a CPU (kernels/lora_linear_4bit.py), equal to rounding.
+One adapter on a quantized base is one operation on a CPU (kernels/lora_linear.py), equal to rounding.
 State keys are PEFT's: `base_layer.*`, `lora_A.<name>.weight`, `lora_embedding_A.<name>`, `modules_to_save.<name>.*`.
 Not here: which modules are wrapped (targets.py), which adapters are active (adapters.py).
 """
@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lilliput import kernels
 from lilliput.errors import FormatError
-from lilliput.layers import QuantizedLinear
+from lilliput.layers import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
 
 class LoraLayer(nn.Module):
@@ -87,13 +87,13 @@ class LoraLayer(nn.Module):
         """Put the sum of W and the updates of `names` in the base's place.
 
         A dense base gets new numbers in its own dtype. A quantized base is set aside and a dense nn.Linear in `dtype`
-        (a Conv1D where the model had one)
-        takes its place: a sum rounded to the few values of the number format would no longer be the adapter.
+        (a Conv1D or an nn.Embedding where the model had one) takes its place: a sum rounded to the few values of the
+        number format would no longer be the adapter.
 
         Raises FormatError, with nothing changed, when the sum is not finite.
         """
         base = self.base_layer
-        packed = isinstance(base, QuantizedLinear)
+        packed = isinstance(base, QuantizedWeight)
         total = base.dequantize(torch.float32) if packed else base.weight.detach().to(torch.float32, copy=True)
         for name in names:
             total += self.update_of(name)
@@ -185,7 +185,7 @@ class LoraLinear(LoraLayer):
         return result.to(dtype)
 
     def _is_one_operation(self, x: Tensor) -> bool:
-        """Whether h is what kernels.lora_linear_4bit computes: one adapter without dropout on a quantized base.
+        """Whether h is what kernels.lora_linear computes: one adapter without dropout on a quantized base.
 
         Elsewhere than on a CPU in float32, under autocast, and where somebody listens with hooks or took a layer's
         place, the parts are called one by one.
@@ -205,7 +205,8 @@ class LoraLinear(LoraLayer):
 
     def _in_one(self, x: Tensor) -> Tensor:
         name, base = self.active[0], self.base_layer
-        return kernels.lora_linear_4bit(x, base.quantized, *self._weights(name), self.scaling[name], base.bias)
+        a, b = self._weights(name)
+        return kernels.lora_linear(x, base.quantized, a, b, self.scaling[name], base.bias, base.threshold)
 
 
 class LoraEmbedding(LoraLayer):
@@ -308,8 +309,12 @@ def _unset_linear(in_features: int, out_features: int, device: torch.device) -> 
     return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False, device=device, dtype=torch.float32)
 
 
-def _dense(base: QuantizedLinear, weight: Tensor) -> nn.Linear | Conv1D:
+def _dense(base: QuantizedWeight, weight: Tensor) -> nn.Module:
     """The plain layer that `base` stands for, with this weight [out, in] and the base's own bias parameter."""
+    if isinstance(base, QuantizedEmbedding):
+        table = nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=base.padding_idx)
+        return table.train(base.training)
+    assert isinstance(base, QuantizedLinear)
     with torch.device("meta"):
         dense: Any = (
             Conv1D(base.out_features, base.in_features)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lilliput.errors import UsageError, nearest
-from lilliput.layers import QuantizedLinear
+from lilliput.layers import QuantizedWeight
 from lilliput.lora.config import TASK_HEADS, LoraConfig
 from lilliput.lora.layer import LoraEmbedding, LoraLayer, LoraLinear, TrainedCopy
 
@@ -239,7 +239,7 @@ def _check_copyable(name: str, module: nn.Module) -> None:
         fault = None
         if isinstance(part, (LoraLayer, TrainedCopy)):
             fault = "another adapter already sits on it or inside it"
-        elif isinstance(part, QuantizedLinear):
+        elif isinstance(part, QuantizedWeight):
             fault = "its weights are quantized, and codes cannot be trained; keep it dense when the model is quantized"
         elif isinstance(inner, (nn.ModuleList, nn.ModuleDict)):
             fault = f"it is a {type(inner).__name__}, which has no forward of its own"

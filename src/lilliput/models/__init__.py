@@ -12,13 +12,14 @@ from lilliput.models.catalogue import CATALOGUE, pull
 from lilliput.models.locate import Source, locate
 
 if TYPE_CHECKING:
-    from lilliput.models.hf import FP4Config, NF4Config
+    from lilliput.models.hf import FP4Config, Int8Config, NF4Config
     from lilliput.models.load import load_model
     from lilliput.models.save import save_model
     from lilliput.models.tokenizer import load_tokenizer
 
 _WHERE = {
     "FP4Config": "hf",
+    "Int8Config": "hf",
     "NF4Config": "hf",
     "load_model": "load",
     "load_tokenizer": "tokenizer",
@@ -28,6 +29,7 @@ _WHERE = {
 __all__ = [
     "CATALOGUE",
     "FP4Config",
+    "Int8Config",
     "NF4Config",
     "Source",
     "load_model",

@@ -20,24 +20,31 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lilliput.errors import CheckpointError, FormatError, LilliputError, UsageError, nearest
+from lilliput.formats import FORMATS
+from lilliput.formats.rowwise import check_threshold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "lilliput"
-BLOCK = 64  # values that share an absmax, in every block-wise 4-bit format (QLoRA, section 3)
-_STORED = ("format", "double_quant", "block", "skip_modules", "weights_sha256")
+# What config.json holds for every format; the format's own options stand beside.
+_STORED = ("format", "block", "skip_modules", "weights_sha256")
+_OPTIONS = ("double_quant", "threshold", "embeddings")
 
 
 @register_quantization_config(METHOD)
 class LilliputConfig(QuantizationConfigMixin):
-    """What `config.json` remembers of a quantized model. Make one with `NF4Config` or `FP4Config`.
+    """What `config.json` remembers of a quantized model. Make one with `NF4Config`, `FP4Config` or `Int8Config`.
+
+    An option that is None is the format's own default; one that the format has not is refused when it is asked for.
 
     Args:
         format: the number format.
-        double_quant: quantize the absmax values too (0.127 instead of 0.5 bits a parameter).
+        double_quant: quantize the absmax values too (4-bit formats; 0.127 instead of 0.5 bits a parameter).
         skip_modules: modules that stay as they are, by full name or its last parts; None means heads and tied weights.
             After a load it is the full list.
+        threshold: input columns with a larger number are multiplied in float32 (int8; 6.0); 0: none.
+        embeddings: the token table too, and the head where it is tied to that (int8; False).
         weights_sha256: hash of the checkpoint that was quantized; filled in when the model is saved.
         stored: `quant_method` and `block` as a config.json has them; anything else is refused.
     """
@@ -47,32 +54,42 @@ class LilliputConfig(QuantizationConfigMixin):
     def __init__(
         self,
         format: str | None = None,
-        double_quant: bool = True,
+        double_quant: bool | None = None,
         skip_modules: list[str] | None = None,
         weights_sha256: str | None = None,
+        threshold: float | None = None,
+        embeddings: bool | None = None,
         **stored: Any,
     ) -> None:
         if format is not None and type(self).format not in ("", format):
             raise UsageError(f"{type(self).__name__} is for '{type(self).format}', not '{format}'")
         self.quant_method: Any = METHOD  # transformers says an enumeration, its registry takes any string
         self.format = format or type(self).format
-        self.double_quant = double_quant
+        self._check(stored)
+        row = FORMATS[self.format]
+        self.double_quant: bool = row.option("double_quant", double_quant)
+        self.threshold = check_threshold(row.option("threshold", threshold))
+        self.embeddings: bool = row.option("embeddings", embeddings)
         self.skip_modules = None if skip_modules is None else list(skip_modules)
         self.weights_sha256 = weights_sha256
-        self.block = BLOCK
+        self.block = row.block
         self.failures: list[LilliputError] = []  # what went wrong inside transformers' loader, which keeps only text
-        self._check(stored)
 
     def _check(self, stored: dict[str, Any]) -> None:
         for key in stored.keys() - {"quant_method", "block"}:
-            raise UsageError(f"unknown key '{key}'{nearest(key, _STORED)}", where="quantization_config")
+            raise UsageError(f"unknown key '{key}'{nearest(key, _STORED + _OPTIONS)}", where="quantization_config")
         if self.format not in _CONFIGS:
             known = ", ".join(_CONFIGS)
             raise UsageError(
                 f"unknown number format '{self.format}'{nearest(self.format, _CONFIGS)}", todo=f"There are: {known}."
             )
-        if stored.get("block", BLOCK) != BLOCK:
-            raise CheckpointError(f"blocks of {stored['block']} values, expected {BLOCK}", where="quantization_config")
+        if (block := stored.get("block", own := FORMATS[self.format].block)) != own:
+            raise CheckpointError(f"blocks of {block} values, expected {own}", where="quantization_config")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What holds for each of the format's options."""
+        return {name: getattr(self, name) for name in FORMATS[self.format].options}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -82,7 +99,7 @@ class LilliputConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json."""
-        return {"quant_method": METHOD} | {key: getattr(self, key) for key in _STORED}
+        return {"quant_method": METHOD} | {key: getattr(self, key) for key in _STORED} | self.options
 
 
 class NF4Config(LilliputConfig):
@@ -97,7 +114,25 @@ class FP4Config(LilliputConfig):
     format = "fp4"
 
 
-_CONFIGS: dict[str, type[LilliputConfig]] = {"nf4": NF4Config, "fp4": FP4Config}
+class Int8Config(LilliputConfig):
+    """Quantize linear layers to int8 by rows, and their inputs while they are multiplied: LLM.int8().
+
+    `from_pretrained(..., quantization_config=Int8Config(threshold=6.0, embeddings=True))`.
+    """
+
+    format = "int8"
+
+    def __init__(
+        self,
+        threshold: float | None = None,
+        skip_modules: list[str] | None = None,
+        embeddings: bool | None = None,
+        **others: Any,
+    ) -> None:
+        super().__init__(threshold=threshold, skip_modules=skip_modules, embeddings=embeddings, **others)
+
+
+_CONFIGS: dict[str, type[LilliputConfig]] = {"nf4": NF4Config, "fp4": FP4Config, "int8": Int8Config}
 
 
 def config_for(format: str, **arguments: Any) -> LilliputConfig:
@@ -122,10 +157,10 @@ class LilliputQuantizer(HfQuantizer):
             raise UsageError("quantized layers cannot be kept on disk", where="device_map")
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        from lilliput.layers import QuantizedLinear
+        from lilliput.layers import QuantizedWeight
 
         module, _, name = param_name.rpartition(".")
-        return not self.pre_quantized and name == "weight" and isinstance(model.get_submodule(module), QuantizedLinear)
+        return not self.pre_quantized and name == "weight" and isinstance(model.get_submodule(module), QuantizedWeight)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -136,7 +171,7 @@ class LilliputQuantizer(HfQuantizer):
 
         config = self.quantization_config
         self.transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-        for name in replace_linears(model, config.format, config.double_quant, config.skip_modules):
+        for name in replace_linears(model, config.format, skip=config.skip_modules, **config.options):
             # so that transformers draws no random numbers into codes; that they are filled is checked below
             setattr(model.get_submodule(name), "_is_hf_initialized", True)  # noqa: B010
         config.skip_modules = linear_names(model)
@@ -210,15 +245,15 @@ class _Quantize(ConversionOps):
 
     def _fill(self, model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
         from lilliput import kernels
-        from lilliput.layers import QuantizedLinear
+        from lilliput.layers import QuantizedWeight
 
         path = name.rpartition(".")[0]
         layer = model.get_submodule(path)
-        assert isinstance(layer, QuantizedLinear)
+        assert isinstance(layer, QuantizedWeight)
         if name in self.quantizer.transposed:
             weight = weight.t().contiguous()
-        if tuple(weight.shape) != (layer.out_features, layer.in_features):
-            expected = [layer.out_features, layer.in_features]
+        if tuple(weight.shape) != layer.weight_shape:
+            expected = list(layer.weight_shape)
             raise FormatError(f"shape {list(weight.shape)} in the checkpoint, {expected} in the model")
         quantized = kernels.quantize(weight, layer.format_name, layer.double_quant)
         if layer.weight.device != weight.device:
@@ -260,4 +295,4 @@ def _checkpoint_hash(remembered: str | None, stamps: list[Any]) -> str:
     return hash_files([stamp.path for stamp in stamps])
 
 
-__all__ = ["FP4Config", "LilliputConfig", "LilliputQuantizer", "NF4Config", "config_for"]
+__all__ = ["FP4Config", "Int8Config", "LilliputConfig", "LilliputQuantizer", "NF4Config", "config_for"]

@@ -69,7 +69,9 @@ def load_model(
     model: str | Path,
     *,
     format: str = "none",
-    double_quant: bool = True,
+    double_quant: bool | None = None,
+    threshold: float | None = None,
+    embeddings: bool | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> PreTrainedModel:
@@ -77,15 +79,18 @@ def load_model(
 
     Args:
         model: a Hugging Face directory (safetensors, also sharded), a .gguf file, a hub id, or a catalogue name.
-        format: "nf4" or "fp4", or "none" for the checkpoint's own numbers. A directory that is quantized already loads
-            as it was stored, with "none" or its own format.
-        double_quant: quantize the absmax values too.
+        format: "nf4", "fp4" or "int8", or "none" for the checkpoint's own numbers. A directory that is quantized
+            already loads as it was stored, with "none" or its own format.
+        double_quant: quantize the absmax values too (4-bit formats; None: yes).
+        threshold: input columns with a larger number leave the product in int8 (int8; None: 6.0).
+        embeddings: the token table too, and the head where it is tied to that (int8; None: no).
         dtype: of everything that is not quantized (embeddings, norms, heads). float32 is the fast one on most CPUs.
         progress: show a bar on standard error.
     Returns:
         The model, with `base_identity` on it. Nothing is frozen but the quantized layers.
     Raises:
-        UsageError: an unknown format, or another one than the directory has.
+        UsageError: an unknown format, or another one than the directory has; an option that the format has not, or
+            that differs from the directory's.
         CheckpointError: files missing, cut short or malformed; tensors missing, unexpected or of another shape.
     """
     if format != "none" and format not in FORMATS:
@@ -101,9 +106,21 @@ def load_model(
             where=checkpoint.source.name,
             todo=f"Use --format {stored.format} (or none), or quantize the original model again.",
         )
-    wanted = config_for(format, double_quant=double_quant) if stored is None and format != "none" else None
+    options = {"double_quant": double_quant, "threshold": threshold, "embeddings": embeddings}
+    wanted = config_for(format, **options) if stored is None and format != "none" else None
+    if wanted is None:
+        _check_options(options, stored, checkpoint.source.name)
     loaded = _fill(checkpoint, wanted, dtype, progress)
     return _finish(loaded, checkpoint)
+
+
+def _check_options(given: dict[str, Any], stored: LilliputConfig | None, name: str) -> None:
+    """Raise UsageError when an option asks for something else than what the model is loaded as."""
+    for option, value in given.items():
+        has = getattr(stored, option, False)
+        if value is not None and value != has:
+            how = f"is quantized to {stored.format} with {option}={has}" if stored else "is not to be quantized"
+            raise UsageError(f"{how}, and {option}={value} was asked for", where=name, todo="Leave it out.")
 
 
 def _open(source: Source) -> Checkpoint:

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.errors import DiskError, FormatError, UsageError
 from lilliput.files import replace, write_safetensors
-from lilliput.layers import identity_of, quantized_layers
-from lilliput.layers.replace import linear_names
+from lilliput.layers import QuantizedEmbedding, QuantizedWeight, identity_of, quantized_layers
+from lilliput.layers.replace import dense_type, linear_names
 from lilliput.models.hf import config_for
 from lilliput.models.stream import INDEX, WEIGHTS
 
@@ -80,21 +80,25 @@ def _config_json(model: PreTrainedModel) -> dict[str, object]:
     content.pop("quantization_config", None)
     content.pop("_name_or_path", None)
     content["architectures"] = [type(model).__name__]
-    content["dtype"] = str(model.dtype).removeprefix("torch.")
+    content["dtype"] = str(dense_type(model)).removeprefix("torch.")
     content["transformers_version"] = transformers.__version__
     layers = [layer for _, layer in quantized_layers(model)]
     if layers:
-        content["quantization_config"] = _quantization_json(model, {(q.format_name, q.double_quant) for q in layers})
+        content["quantization_config"] = _quantization_json(model, layers)
     return content
 
 
-def _quantization_json(model: PreTrainedModel, kinds: set[tuple[str, bool]]) -> dict[str, object]:
+def _quantization_json(model: PreTrainedModel, layers: list[QuantizedWeight]) -> dict[str, object]:
+    tables = [layer for layer in layers if isinstance(layer, QuantizedEmbedding)]
+    linears = [layer for layer in layers if layer not in tables]
+    kinds = {(layer.format_name, tuple(layer.options.items())) for layer in linears or tables}
     if len(kinds) > 1:
         raise FormatError(f"the model's layers are quantized in {len(kinds)} ways: {sorted(kinds)}", where="save_model")
-    ((format, double_quant),) = kinds
+    ((format, options),) = kinds
     config = config_for(
         format,
-        double_quant=double_quant,
+        **dict(options),
+        embeddings=bool(tables),
         skip_modules=linear_names(model),
         weights_sha256=identity_of(model).weights_sha256,
     )

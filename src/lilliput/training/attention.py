@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lilliput.errors import FormatError
+from lilliput.layers import unrounded
 
 NAME = "lilliput_blocks"
 _PACKED_AGREES = {torch.float64: 1e-4, torch.float32: 1e-4}  # relative; between a row of two sequences and each alone
@@ -172,6 +173,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        yield
+        with unrounded(model):
+            yield
     finally:
         model.train(training)

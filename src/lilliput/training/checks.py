@@ -1,8 +1,9 @@
 """The promises of exactness, checked on a person's own model and rows before an hour of training is spent on them.
 
 Each check is a function that returns what it measured and what to do when that is not good enough. They run on a few
-short pieces of the rows with an adapter that is made to matter (B starts at zero, which would hide most faults);
-afterwards weights, gradients, modes and random states are as before. Under a minute for a 135 M model on two cores.
+short pieces of the rows with an adapter that is made to matter (B starts at zero, which would hide most faults), and
+over a base in int8 without rounding its inputs, which would hide faults as well (layers.unrounded); afterwards weights,
+gradients, modes and random states are as before. Under a minute for a 135 M model on two cores.
 
 Not here: that a resumed run equals an uninterrupted one, which takes a run to see (tests/training/test_resume.py).
 """
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lilliput.data import Chat, Example, ExampleSet, Pack, collate, end_of_turn_id, pack, show_example, to_chat
 from lilliput.data.packing import NO_LABEL
 from lilliput.errors import CheckFailed, UsageError
+from lilliput.layers import unrounded
 from lilliput.lora import (
     active_adapters,
     adapters,
@@ -94,7 +96,7 @@ def run_checks(
     results = []
     if show:
         console.print(show_example(setup.shown, tokenizer))
-    with _untouched(model), _adapter_that_matters(model):
+    with _untouched(model), _adapter_that_matters(model), unrounded(model):
         for name, check in track(list(CHECKS.items()), "checking", shown=progress):
             began = time.perf_counter()
             found = check(setup)

@@ -9,7 +9,7 @@ results, which the adapters want again in backward, are not kept at all but made
 
 Each module is tried on random numbers first; one that computes something else (Gemma's 1 + weight) stays as it is.
 Source: recomputing what is cheap, Korthikanti et al., arXiv 2205.05198, section 5.
-Not here: products with adapters (kernels/lora_linear_4bit.py), attention (attention.py).
+Not here: products with adapters (kernels/lora_linear.py), attention (attention.py).
 """
 
 from __future__ import annotations

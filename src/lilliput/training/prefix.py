@@ -6,7 +6,8 @@
 A row's state [tokens, hidden] comes from that row alone, without padding and without its neighbours in a batch. It is
 therefore a function of the row and the base only: whether it is remembered, read back from a file or computed again
 after a crash changes no bit of a run, and packed rows (isolated attention, positions that begin anew) need no special
-case. Against a run without reuse, which computes it in the company of a batch, it differs by rounding.
+case. Against a run without reuse, which computes it in the company of a batch, it differs by rounding (over a base in
+int8 by that of the inputs, whose outliers are then those of the row alone).
 
 The decoder's own forward does the work, in two calls. In the first, stand-ins take the place of the layers from k on,
 and the one at k notes what came in; in the second, stand-ins take the place of the layers below k and hand out the
@@ -33,6 +34,7 @@ from transformers import PreTrainedModel
 
 from lilliput.data import Example, Pack
 from lilliput.errors import FormatError, UsageError
+from lilliput.layers import unrounded
 from lilliput.progress import warn
 from lilliput.training.recipe import TrainSection
 from lilliput.training.trainer import LabelLoss, batch_of
@@ -370,7 +372,8 @@ def why_not(prefix: Prefix, rows: Sequence[Pack]) -> str | None:
             if not torch.equal(trained, prefix.run(samples[0])):
                 return "it does not give while training what it gives else"
             alone = all(torch.equal(*_both_ways(prefix, [sample])) for sample in samples)
-            together = alone and _agree(*_both_ways(prefix, samples), samples)
+            with unrounded(prefix.model):
+                together = alone and _agree(*_both_ways(prefix, samples), samples)
     except _UNFIT as error:
         return f"the forward of {name} cannot be parted ({error})"
     return None if together else f"the forward of {name} in two parts differs from its forward in one"

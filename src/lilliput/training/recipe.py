@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from lilliput.errors import UsageError, nearest
 from lilliput.files import write_text
+from lilliput.formats import FORMATS
 from lilliput.lora import LoraConfig
 from lilliput.lora.config import NOT_SUPPORTED
 
@@ -66,8 +67,25 @@ class Section(BaseModel):
 class ModelSection(Section):
     """How the base is held in memory."""
 
-    format: Literal["nf4", "fp4", "none"] = Field("nf4", description="number format of the base; none: as it is stored")
-    double_quant: bool = Field(True, description="quantize the block constants too: 4.127 instead of 4.5 bits a weight")
+    format: Literal["nf4", "fp4", "int8", "none"] = Field(
+        "nf4", description="number format of the base; none: as it is stored"
+    )
+    double_quant: bool | None = Field(
+        None, description="nf4, fp4: quantize the block constants too, 4.127 instead of 4.5 bits a weight; null: yes"
+    )
+    threshold: float | None = Field(
+        None, ge=0, description="int8: input columns with a larger number are multiplied in float32; null: 6.0"
+    )
+    embeddings: bool | None = Field(
+        None, description="int8: the token table too, and the head where it is tied to that; null: no"
+    )
+
+    @model_validator(mode="after")
+    def _options_of_the_format(self) -> ModelSection:
+        if self.format in FORMATS:
+            for option in ("double_quant", "threshold", "embeddings"):
+                FORMATS[self.format].option(option, getattr(self, option))
+        return self
 
 
 class DataSection(Section):

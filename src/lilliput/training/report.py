@@ -222,9 +222,7 @@ def write_report(
         or "Not run (`--no-check`).\n",
         "## Use it\n",
         f"```\nlilliput chat {quote(model)} --adapter {quote(str(result.out))}\n```\n",
-        _PYTHON.format(
-            model=model, adapter=str(result.adapter), format=recipe.model.format, double_quant=recipe.model.double_quant
-        ),
+        _PYTHON.format(model=model, adapter=str(result.adapter), options=_loading(recipe)),
         f"`adapter/` is in PEFT's format. `recipe.yaml` is the complete recipe: `lilliput tune {quote(model)} {again} "
         f"--recipe {quote(f'{result.out}/recipe.yaml')} -o DIR` does it again; "
         "`versions.json` says with what it was done.\n",
@@ -237,10 +235,15 @@ _PYTHON = """In Python:
 ```python
 import lilliput
 
-model = lilliput.load_model({model!r}, format={format!r}, double_quant={double_quant})
+model = lilliput.load_model({model!r}, {options})
 lilliput.load_adapter(model, {adapter!r})
 ```
 """
+
+
+def _loading(recipe: Recipe) -> str:
+    """How the base was loaded, as keyword arguments."""
+    return ", ".join(f"{name}={value!r}" for name, value in recipe.model.model_dump().items() if value is not None)
 
 
 def _what(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:

@@ -145,8 +145,7 @@ def load_base(model: str, recipe: Recipe, *, progress: bool = True) -> PreTraine
 
     Raises UsageError for a model that is no causal language model, or that cannot have the packed rows of the recipe.
     """
-    section = recipe.model
-    base = load_model(model, format=section.format, double_quant=section.double_quant, progress=progress)
+    base = load_model(model, **recipe.model.model_dump(), progress=progress)
     require_causal(base, "training")
     if recipe.data.packing:
         _check_packing(base, recipe.data.max_length)

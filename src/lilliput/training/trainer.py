@@ -28,6 +28,7 @@ from lilliput.data.packing import NO_LABEL
 from lilliput.errors import LilliputError, UsageError
 from lilliput.files import write_safetensors
 from lilliput.kernels.linear_loss import linear_loss
+from lilliput.layers import QuantizedWeight
 from lilliput.progress import warn
 from lilliput.training.attention import (
     additive,
@@ -186,8 +187,11 @@ def head_is_plain(model: PreTrainedModel) -> bool:
         model.train(training)
         if own.shape == ours.shape and (own - ours).abs().max() <= 1e-4 * own.abs().max():
             return True
+    why = (
+        "computes its logits in int8" if isinstance(head, QuantizedWeight) else "does more to its logits than its head"
+    )
     warn(
-        f"{type(model).__name__} does more to its logits than its head, so they are taken from the model itself: "
+        f"{type(model).__name__} {why}, so they are taken from the model itself: "
         "exact, but all labelled positions of a batch are held at once"
     )
     return False

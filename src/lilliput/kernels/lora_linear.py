@@ -1,4 +1,4 @@
-"""y = x dequantize(W)^T + bias + s (x A^T) B^T in one operation; gradients to x, A, B and bias. W is frozen, in 4 bits.
+"""y = x dequantize(W)^T + bias + s (x A^T) B^T in one operation; gradients to x, A, B and bias; W is frozen.
 
 Source: QLoRA, arXiv 2305.14314, equation 5, with LoRA's s (arXiv 2106.09685, section 4.1). With g the gradient to y:
 
@@ -7,8 +7,9 @@ Source: QLoRA, arXiv 2305.14314, equation 5, with LoRA's s (arXiv 2106.09685, se
 The update is some more depth of the base's product: A and B stand beside W in its tiles, in forward and in the
 gradient to x, so that neither passes over its result twice. Backward keeps x once, s x A^T (r numbers a row), A, B and
 the packed weight.
+The base's product is looked up by W's format (products.py); x A^T takes x as it is, also where that product rounds it.
 Not here: dropout before A and several adapters at once (lora/layer.py composes those), the base's product alone
-(linear_4bit.py).
+(linear_4bit.py, linear_int8.py).
 """
 
 from __future__ import annotations
@@ -21,38 +22,37 @@ from torch import Tensor
 
 from lilliput.errors import FormatError
 from lilliput.formats import QuantizedTensor
+from lilliput.formats.rowwise import check_threshold
 from lilliput.kernels import dispatch
-from lilliput.kernels.linear_4bit import (
-    PACKED,
-    backward_by_core,
-    backward_reference,
-    by_core,
-    check,
-    compute_type,
-    core_knows,
-    float_rows,
-    matrix,
-    reference,
-)
+from lilliput.kernels.linear_4bit import PACKED, check, compute_type, core_knows, float_rows, matrix
+from lilliput.kernels.products import PRODUCTS
 
 
-def lora_linear_4bit(
-    x: Tensor, q: QuantizedTensor, a: Tensor, b: Tensor, scaling: float, bias: Tensor | None = None
+def lora_linear(
+    x: Tensor,
+    q: QuantizedTensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    threshold: float = 0.0,
 ) -> Tensor:
-    """x [..., in] times a 4-bit matrix and a low-rank update of it, plus bias: float [..., out] of x's dtype.
+    """x [..., in] times a quantized matrix and a low-rank update of it, plus bias: float [..., out] of x's dtype.
 
     Computed in float32 (float64 for a float64 x, by the reference) and rounded once to x's dtype, under autocast too.
 
     Args:
         x: [..., in]; float32, bfloat16, float16 or float64.
-        q: of shape (out, in), with or without double quantization.
+        q: of shape (out, in), in any format of FORMATS.
         a: floating [r, in].
         b: floating [out, r].
         scaling: s, what the update is multiplied by.
         bias: [out], or None.
+        threshold: of an int8 product (see `linear_int8`); 0 for other formats.
 
     Raises:
         FormatError: shapes that do not fit.
+        UsageError: a threshold for a format that has none, or a negative one.
     """
     check(x, q, bias)
     if a.dim() != 2 or b.dim() != 2 or (b.shape[0], a.shape[1]) != tuple(q.shape) or a.shape[0] != b.shape[1]:
@@ -60,8 +60,9 @@ def lora_linear_4bit(
             f"A is {list(a.shape)} and B {list(b.shape)}; a quantized matrix {list(q.shape)} needs "
             f"[r, {q.shape[1]}] and [{q.shape[0]}, r]"
         )
-    return torch.ops.lilliput.lora_linear_4bit(
-        x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, a, b, scaling, q.format.name
+    threshold = check_threshold(q.format.option("threshold", threshold))
+    return torch.ops.lilliput.lora_linear(
+        x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, a, b, scaling, q.format.name, threshold
     )[0]
 
 
@@ -79,12 +80,14 @@ def _lora_linear(
     b: Tensor,
     scaling: float,
     format: str,
+    threshold: float,
 ) -> tuple[Tensor, Tensor]:
     """y, and s x A^T as [rows, r] in the type that is computed in."""
     with torch.autocast(x.device.type, enabled=False):
         wide, a, b = (t.to(compute_type(x)) for t in (x, a, b))
         low = matrix(wide) @ a.T * scaling
-        y = reference(wide, codes, absmax, absmax_scale, absmax_offset, bias, format, b.shape[0])
+        packed = (codes, absmax, absmax_scale, absmax_offset)
+        y = PRODUCTS[format].forward(wide, packed, bias, (b.shape[0], a.shape[1]), format, threshold)
         return (y + (low @ b.T).view(y.shape)).to(x.dtype), low
 
 
@@ -99,6 +102,7 @@ def _lora_linear_fake(
     b: Tensor,
     scaling: float,
     format: str,
+    threshold: float,
 ) -> tuple[Tensor, Tensor]:
     low = x.new_empty((x.shape[:-1].numel(), a.shape[0]), dtype=compute_type(x))
     return x.new_empty((*x.shape[:-1], b.shape[0])), low
@@ -116,7 +120,8 @@ def _to_x(
 ) -> Tensor:
     """grad W + low A, with low = s grad B as [rows, r]."""
     with torch.autocast(grad.device.type, enabled=False):
-        base = backward_reference(grad, codes, absmax, absmax_scale, absmax_offset, format, a.shape[1])
+        packed = (codes, absmax, absmax_scale, absmax_offset)
+        base = PRODUCTS[format].backward(grad, packed, (grad.shape[-1], a.shape[1]), format)
         return base + (low.to(base.dtype) @ a.to(base.dtype)).view(base.shape)
 
 
@@ -148,12 +153,16 @@ def _lora_linear_core(
     b: Tensor,
     scaling: float,
     format: str,
+    threshold: float,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         rows, right = float_rows(x), float_rows(b)
         low = (rows @ a.detach().float().T).mul_(scaling)
         wide = rows.view(x.shape)
-        y = by_core(core, wide, codes, absmax, absmax_scale, absmax_offset, bias, format, b.shape[0], low, right)
+        packed, shape = (codes, absmax, absmax_scale, absmax_offset), (b.shape[0], a.shape[1])
+        product = PRODUCTS[format].forward_by_core
+        assert product is not None  # see _core_knows
+        y = product(core, wide, packed, bias, shape, format, threshold, low, right)
         return y.to(x.dtype), low
 
 
@@ -169,20 +178,28 @@ def _to_x_core(
     format: str,
 ) -> Tensor:
     left, right = float_rows(low), float_rows(a)
-    return backward_by_core(core, grad, codes, absmax, absmax_scale, absmax_offset, format, a.shape[1], left, right)
+    packed, shape = (codes, absmax, absmax_scale, absmax_offset), (grad.shape[-1], a.shape[1])
+    product = PRODUCTS[format].backward_by_core
+    assert product is not None  # see _core_knows
+    return product(core, grad, packed, shape, format, left, right)
+
+
+def _core_knows(x: Tensor, *others: Any) -> bool:
+    format = next(value for value in others if isinstance(value, str))
+    return core_knows(x) and PRODUCTS[format].forward_by_core is not None
 
 
 LORA_LINEAR = dispatch.define(
-    f"lora_linear_4bit(Tensor x, {PACKED}, Tensor? bias, Tensor a, Tensor b, float scaling, str format)"
+    f"lora_linear(Tensor x, {PACKED}, Tensor? bias, Tensor a, Tensor b, float scaling, str format, float threshold)"
     " -> (Tensor, Tensor)",
     _lora_linear,
     _lora_linear_fake,
 )
 TO_X = dispatch.define(
-    f"lora_linear_4bit_backward(Tensor grad, {PACKED}, Tensor low, Tensor a, str format) -> Tensor", _to_x, _to_x_fake
+    f"lora_linear_backward(Tensor grad, {PACKED}, Tensor low, Tensor a, str format) -> Tensor", _to_x, _to_x_fake
 )
-dispatch.register_core(LORA_LINEAR, _lora_linear, _lora_linear_core, core_knows)
-dispatch.register_core(TO_X, _to_x, _to_x_core, core_knows)
+dispatch.register_core(LORA_LINEAR, _lora_linear, _lora_linear_core, _core_knows)
+dispatch.register_core(TO_X, _to_x, _to_x_core, _core_knows)
 
 
 # ---- backward ----
@@ -191,7 +208,7 @@ _X, _BIAS, _A, _B = 0, 5, 6, 7  # places among the arguments
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, codes, absmax, absmax_scale, absmax_offset, bias, a, b, ctx.scaling, ctx.format = inputs
+    x, codes, absmax, absmax_scale, absmax_offset, bias, a, b, ctx.scaling, ctx.format, _ = inputs
     wants = ctx.needs_input_grad
     kept = (x if wants[_A] else None, output[1] if wants[_B] else None)
     ctx.save_for_backward(*kept, a, b, codes, absmax, absmax_scale, absmax_offset)
@@ -208,7 +225,7 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None,
         wants = ctx.needs_input_grad
         to: list[Tensor | None] = [None] * len(wants)
         if wants[_X]:
-            to[_X] = torch.ops.lilliput.lora_linear_4bit_backward(wide, *packed, low, a, ctx.format).to(ctx.dtype)
+            to[_X] = torch.ops.lilliput.lora_linear_backward(wide, *packed, low, a, ctx.format).to(ctx.dtype)
         if wants[_A]:
             to[_A] = (low.T @ matrix(x).to(wide.dtype)).to(kept_a.dtype)
         if wants[_B]:

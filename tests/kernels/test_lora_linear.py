@@ -1,4 +1,4 @@
-"""`lora_linear_4bit` on both backends against float64, its gradients, and what it keeps for backward."""
+"""`lora_linear` on both backends against float64, its gradients, and what it keeps for backward."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lilliput import formats
-from lilliput.errors import FormatError
+from lilliput.errors import FormatError, UsageError
 from lilliput.formats import QuantizedTensor
-from lilliput.kernels import lora_linear_4bit, quantize
+from lilliput.kernels import linear, lora_linear, quantize
 from tests.kernels import fixed_point
 from tests.nasty import NASTY, NOT_FINITE
 
@@ -36,7 +36,7 @@ def assert_close(got: Tensor, expected: Tensor, magnitude: Tensor, terms: int, m
 def assert_right(x: Tensor, q: QuantizedTensor, a: Tensor, b: Tensor, bias: Tensor | None, backend: str) -> None:
     """Output and all gradients against the formula in float64."""
     more = fixed_point.bound(x, q, backend)
-    y = lora_linear_4bit(x, q, a, b, S, bias)
+    y = lora_linear(x, q, a, b, S, bias)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
     wanted = [t for t in (x, a, b, bias) if t is not None]
     got = dict(zip("xabc", torch.autograd.grad(y, wanted, grad), strict=False))
@@ -80,9 +80,9 @@ def test_a_number_that_is_none_spoils_its_own_row_only(backend: str, value: floa
     q, a, b = make(20, 64, 4)
     for rows in (3, 20):
         x = torch.randn(rows, 64)
-        clean = lora_linear_4bit(x, q, a, b, S)
+        clean = lora_linear(x, q, a, b, S)
         x[1, 5] = value
-        y = lora_linear_4bit(x, q, a, b, S)
+        y = lora_linear(x, q, a, b, S)
         assert not y[1].isfinite().any()
         assert torch.equal(y[torch.arange(rows) != 1], clean[torch.arange(rows) != 1])
 
@@ -91,8 +91,8 @@ def test_a_number_that_is_none_spoils_its_own_row_only(backend: str, value: floa
 def test_leading_sizes_are_kept(backend: str, shape: tuple[int, ...]) -> None:
     q, a, b = make(10, 64, 3)
     x = torch.randn(shape, requires_grad=True)
-    y = lora_linear_4bit(x, q, a, b, S)
-    flat = lora_linear_4bit(x.detach().reshape(-1, 64) if x.numel() else x.detach().new_empty(0, 64), q, a, b, S)
+    y = lora_linear(x, q, a, b, S)
+    flat = lora_linear(x.detach().reshape(-1, 64) if x.numel() else x.detach().new_empty(0, 64), q, a, b, S)
     assert y.shape == (*shape[:-1], 10)
     assert torch.equal(y.flatten(), flat.flatten())
     grads = torch.autograd.grad(y.sum(), (x, a, b))
@@ -103,8 +103,8 @@ def test_leading_sizes_are_kept(backend: str, shape: tuple[int, ...]) -> None:
 def test_the_result_can_be_changed_in_place(backend: str, shape: tuple[int, ...]) -> None:
     q, a, b = make(33, 96, 4)
     x = torch.randn(shape, requires_grad=True)
-    expected = torch.autograd.grad((lora_linear_4bit(x, q, a, b, S) * 2).sum(), (x, a, b))
-    y = lora_linear_4bit(x, q, a, b, S)
+    expected = torch.autograd.grad((lora_linear(x, q, a, b, S) * 2).sum(), (x, a, b))
+    y = lora_linear(x, q, a, b, S)
     y += 1.0
     y *= 2.0
     torch.testing.assert_close(torch.autograd.grad(y.sum(), (x, a, b)), expected)
@@ -115,7 +115,7 @@ def test_empty_matrices(backend: str) -> None:
         q, a, b = make(out, columns, 2)
         for rows in (1, 20):
             x = torch.randn(rows, columns, requires_grad=True)
-            y = lora_linear_4bit(x, q, a, b, S, torch.ones(out))
+            y = lora_linear(x, q, a, b, S, torch.ones(out))
             assert torch.equal(y, torch.ones(rows, out))
             to_x, to_a, to_b = torch.autograd.grad(y.sum(), (x, a, b))
             assert not any(gradient.any() for gradient in (to_x, to_a, to_b))
@@ -134,9 +134,9 @@ def test_tensors_that_are_not_contiguous(backend: str) -> None:
 def test_half_inputs_are_rounded_once(backend: str, dtype: torch.dtype, rows: int) -> None:
     q, a, b = make(33, 128, 4)
     x = torch.randn(rows, 128).to(dtype).requires_grad_()
-    y = lora_linear_4bit(x, q, a, b, S)
+    y = lora_linear(x, q, a, b, S)
     wide = x.detach().float().requires_grad_()
-    exact = lora_linear_4bit(wide, q, a, b, S)
+    exact = lora_linear(wide, q, a, b, S)
     assert torch.equal(y, exact.to(dtype))
     grad = torch.randn(rows, 33).to(dtype)
     for got, expected in zip(
@@ -148,9 +148,9 @@ def test_half_inputs_are_rounded_once(backend: str, dtype: torch.dtype, rows: in
 def test_autocast_changes_nothing(backend: str) -> None:
     q, a, b = make(33, 128, 4)
     x = torch.randn(20, 128, requires_grad=True)
-    plain = lora_linear_4bit(x, q, a, b, S)
+    plain = lora_linear(x, q, a, b, S)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = lora_linear_4bit(x, q, a, b, S)
+        cast = lora_linear(x, q, a, b, S)
         grads = torch.autograd.grad(cast.sum(), (x, a, b))
     assert torch.equal(plain, cast)
     for got, expected in zip(grads, torch.autograd.grad(plain.sum(), (x, a, b)), strict=True):
@@ -160,7 +160,7 @@ def test_autocast_changes_nothing(backend: str) -> None:
 def test_gradcheck_of_the_reference() -> None:
     q, _, _ = make(5, 33, 3)
     tensors = [torch.randn(shape).double().requires_grad_() for shape in ((4, 33), (3, 33), (5, 3), (5,))]
-    assert torch.autograd.gradcheck(lambda x, a, b, bias: lora_linear_4bit(x, q, a, b, S, bias), tensors)
+    assert torch.autograd.gradcheck(lambda x, a, b, bias: lora_linear(x, q, a, b, S, bias), tensors)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -168,16 +168,16 @@ def test_opcheck(backend: str, double_quant: bool) -> None:
     q, a, b = make(10, 33, 3, double_quant)
     packed = (q.codes, q.absmax, q.absmax_scale, q.absmax_offset)
     x, bias = torch.randn(2, 3, 33, requires_grad=True), torch.randn(10, requires_grad=True)
-    torch.library.opcheck(torch.ops.lilliput.lora_linear_4bit.default, (x, *packed, bias, a, b, S, "nf4"))
+    torch.library.opcheck(torch.ops.lilliput.lora_linear.default, (x, *packed, bias, a, b, S, "nf4", 0.0))
     grad, low = torch.randn(2, 3, 10), torch.randn(6, 3)
-    torch.library.opcheck(torch.ops.lilliput.lora_linear_4bit_backward.default, (grad, *packed, low, a.detach(), "nf4"))
+    torch.library.opcheck(torch.ops.lilliput.lora_linear_backward.default, (grad, *packed, low, a.detach(), "nf4"))
 
 
 def kept_by(x: Tensor, q: QuantizedTensor, a: Tensor, b: Tensor) -> dict[int, Tensor]:
     """The tensors that backward keeps, by address."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lora_linear_4bit(x, q, a, b, S)
+        lora_linear(x, q, a, b, S)
     return {t.data_ptr(): t for t in kept}
 
 
@@ -196,14 +196,14 @@ def test_backward_keeps_what_was_given_and_r_numbers_a_row(backend: str) -> None
 def test_only_what_asks_gets_a_gradient(backend: str) -> None:
     q, a, b = make(8, 64, 4)
     x = torch.randn(12, 64)
-    expected = torch.autograd.grad(lora_linear_4bit(x, q, a, b, S).sum(), (a, b))
+    expected = torch.autograd.grad(lora_linear(x, q, a, b, S).sum(), (a, b))
     for tensor, gradient, y in (
-        (a, expected[0], lora_linear_4bit(x, q, a, b.detach(), S)),
-        (b, expected[1], lora_linear_4bit(x, q, a.detach(), b, S)),
+        (a, expected[0], lora_linear(x, q, a, b.detach(), S)),
+        (b, expected[1], lora_linear(x, q, a.detach(), b, S)),
     ):
         (got,) = torch.autograd.grad(y.sum(), tensor)
         assert torch.equal(got, gradient)
-    assert not lora_linear_4bit(x, q, a.detach(), b.detach(), S).requires_grad
+    assert not lora_linear(x, q, a.detach(), b.detach(), S).requires_grad
 
 
 @pytest.mark.parametrize("rows", [1, 7, 40, 1000])
@@ -215,7 +215,7 @@ def test_threads_change_no_more_than_torchs_rounding_of_the_update(backend: str,
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            y = lora_linear_4bit(x, q, a, b, S)
+            y = lora_linear(x, q, a, b, S)
             results.append((y, *torch.autograd.grad(y, (x, a, b), grad)))
     finally:
         torch.set_num_threads(before)
@@ -228,12 +228,70 @@ def test_sizes_that_do_not_fit_are_refused(backend: str) -> None:
     q, a, b = make(10, 64, 3)
     x = torch.randn(3, 64)
     with pytest.raises(FormatError, match=r"x is \[3, 63\], the quantized matrix \[10, 64\]"):
-        lora_linear_4bit(x[:, :63], q, a, b, S)
+        lora_linear(x[:, :63], q, a, b, S)
     with pytest.raises(FormatError, match=r"bias is \[9\]"):
-        lora_linear_4bit(x, q, a, b, S, torch.zeros(9))
+        lora_linear(x, q, a, b, S, torch.zeros(9))
     with pytest.raises(FormatError, match=r"A is \[3, 63\] and B \[10, 3\]; a quantized matrix \[10, 64\] needs"):
-        lora_linear_4bit(x, q, a[:, :63], b, S)
+        lora_linear(x, q, a[:, :63], b, S)
     with pytest.raises(FormatError, match=r"\[r, 64\] and \[10, r\]"):
-        lora_linear_4bit(x, q, a, b[:, :2], S)
+        lora_linear(x, q, a, b[:, :2], S)
     with pytest.raises(FormatError, match=r"B \[9, 3\]"):
-        lora_linear_4bit(x, q, a, b[:9], S)
+        lora_linear(x, q, a, b[:9], S)
+
+
+# ---- int8: the base's product rounds x, the update and all gradients do not ----
+
+
+def make_int8(out: int, columns: int, r: int) -> tuple[QuantizedTensor, Tensor, Tensor]:
+    q, a, b = make(out, columns, r)
+    return quantize(formats.dequantize(q), "int8"), a, b
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_is_its_own_product_and_the_update(backend: str, shape: tuple[int, int, int], threshold: float) -> None:
+    q, a, b = make_int8(*shape)
+    for rows in ROWS[:4]:
+        x = torch.randn(rows, shape[1], requires_grad=True)
+        bias = torch.randn(shape[0], requires_grad=True)
+        y = lora_linear(x, q, a, b, S, bias, threshold)
+        with torch.no_grad():
+            expected = linear(x, q, bias, threshold).double() + S * x.double() @ a.double().T @ b.double().T
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * shape[1])
+        grad = torch.randn(y.shape)
+        got = torch.autograd.grad(y, (x, a, b, bias), grad)
+        w, xd, ad, bd, g = (t.detach().double() for t in (formats.dequantize(q), x, a, b, grad))
+        formulas = (g @ w + S * g @ bd @ ad, S * (g @ bd).T @ xd, S * g.T @ (xd @ ad.T), g.sum(0))
+        for gradient, formula in zip(got, formulas, strict=True):
+            torch.testing.assert_close(gradient.double(), formula, rtol=1e-5, atol=1e-5 * max(shape))
+
+
+def test_opcheck_of_int8(backend: str) -> None:
+    q, a, b = make_int8(10, 33, 3)
+    packed = (q.codes, q.absmax, None, None)
+    x, bias = torch.randn(2, 3, 33, requires_grad=True), torch.randn(10, requires_grad=True)
+    torch.library.opcheck(torch.ops.lilliput.lora_linear.default, (x, *packed, bias, a, b, S, "int8", 1.0))
+    grad, low = torch.randn(2, 3, 10), torch.randn(6, 3)
+    torch.library.opcheck(torch.ops.lilliput.lora_linear_backward.default, (grad, *packed, low, a.detach(), "int8"))
+
+
+def test_gradcheck_of_int8_in_float64() -> None:
+    q, _, _ = make_int8(5, 33, 3)
+    tensors = [torch.randn(shape).double().requires_grad_() for shape in ((4, 33), (3, 33), (5, 3), (5,))]
+    assert torch.autograd.gradcheck(lambda x, a, b, bias: lora_linear(x, q, a, b, S, bias, 1.0), tensors)
+
+
+def test_backward_of_int8_keeps_what_was_given_and_r_numbers_a_row(backend: str) -> None:
+    q, a, b = make_int8(64, 128, 4)
+    x = torch.randn(20, 128, requires_grad=True)
+    given = {t.data_ptr() for t in (x, a, b, q.codes, q.absmax)}
+    assert len(kept_by(x, q, a, b).keys() - given) == 1
+
+
+def test_a_threshold_belongs_to_int8(backend: str) -> None:
+    q, a, b = make(10, 64, 3)
+    with pytest.raises(UsageError, match="nf4 has no threshold"):
+        lora_linear(torch.randn(3, 64), q, a, b, S, threshold=6.0)
+    q, a, b = make_int8(10, 64, 3)
+    with pytest.raises(UsageError, match="threshold=-2"):
+        lora_linear(torch.randn(3, 64), q, a, b, S, threshold=-2.0)
