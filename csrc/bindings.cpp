@@ -125,6 +125,57 @@ void py_linear_4bit_backward(const Flat<const float>& gy, const Flat<const uint8
   linear_4bit_backward(w, gy.data(), rows, k, n, update, gx.data(), threads);
 }
 
+// Codes [rows, columns] and as many absmax as rows.
+Rows8 rows8(const Flat<const int8_t>& codes, const Flat<const float>& absmax) {
+  need(codes.ndim() == 2 && codes.shape(0) == absmax.size(), "codes must be a matrix with an absmax for each row");
+  return {codes.data(), absmax.data(), static_cast<int64_t>(codes.shape(1))};
+}
+
+int64_t py_quantize_int8(const Any& x, Flat<int8_t> codes, Flat<float> absmax, int threads) {
+  need(x.ndim() == 2 && codes.size() == x.size() && absmax.size() == x.shape(0), "x, codes or absmax: wrong size");
+  const auto rows = static_cast<int64_t>(x.shape(0)), columns = static_cast<int64_t>(x.shape(1));
+  const Reals from = reals(x);
+  nb::gil_scoped_release released;
+  return quantize_int8(from, rows, columns, codes.data(), absmax.data(), threads);
+}
+
+void py_dequantize_int8(const Flat<const int8_t>& codes, const Flat<const float>& absmax, const Any& out, int threads) {
+  const Rows8 w = rows8(codes, absmax);
+  need(out.size() == codes.size(), "out: wrong size");
+  const Reals to = reals(out);
+  nb::gil_scoped_release released;
+  dequantize_int8(w, size(absmax), to, threads);
+}
+
+void py_linear_int8(const Flat<const float>& x, const Flat<const int8_t>& codes, const Flat<const float>& absmax,
+                    const Maybe<const float>& bias, double threshold, const Maybe<const float>& left,
+                    const Maybe<const float>& right, Flat<float> y, int threads) {
+  need(x.ndim() == 2 && y.ndim() == 2 && x.shape(0) == y.shape(0), "x and y must be matrices of as many rows");
+  const auto rows = static_cast<int64_t>(x.shape(0)), k = static_cast<int64_t>(x.shape(1));
+  const auto n = static_cast<int64_t>(y.shape(1));
+  const Rows8 w = rows8(codes, absmax);
+  need(w.columns == k && size(absmax) == n, "codes: wrong size");
+  need(k < int64_t{1} << 17, "a row has too many numbers for sums of 32 bits");
+  need(!bias || size(*bias) == n, "bias: wrong size");
+  const LowRank update = low_rank(left, right, rows, n, false);
+  nb::gil_scoped_release released;
+  linear_int8(w, x.data(), rows, k, n, bias ? bias->data() : nullptr, static_cast<float>(threshold), update, y.data(),
+              threads);
+}
+
+void py_linear_int8_backward(const Flat<const float>& gy, const Flat<const int8_t>& codes,
+                             const Flat<const float>& absmax, const Maybe<const float>& left,
+                             const Maybe<const float>& right, Flat<float> gx, int threads) {
+  need(gy.ndim() == 2 && gx.ndim() == 2 && gy.shape(0) == gx.shape(0), "gy and gx must be matrices of as many rows");
+  const auto rows = static_cast<int64_t>(gy.shape(0)), n = static_cast<int64_t>(gy.shape(1));
+  const auto k = static_cast<int64_t>(gx.shape(1));
+  const Rows8 w = rows8(codes, absmax);
+  need(w.columns == k && size(absmax) == n, "codes: wrong size");
+  const LowRank update = low_rank(left, right, rows, k, true);
+  nb::gil_scoped_release released;
+  linear_int8_backward(w, gy.data(), rows, k, n, update, gx.data(), threads);
+}
+
 void py_swiglu(const Any& gate, const Any& up, const Any& out, int threads) {
   const int64_t numel = size(gate);
   need(size(up) == numel && size(out) == numel, "gate, up and out must be of one size");
@@ -192,6 +243,12 @@ NB_MODULE(_core, m) {
         nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("linear_4bit_backward", &py_linear_4bit_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+  m.def("quantize_int8", &py_quantize_int8);
+  m.def("dequantize_int8", &py_dequantize_int8);
+  m.def("linear_int8", &py_linear_int8, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(),
+        nb::arg().none(), nb::arg(), nb::arg());
+  m.def("linear_int8_backward", &py_linear_int8_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg().none(), nb::arg(), nb::arg());
   m.def("swiglu", &py_swiglu);
   m.def("swiglu_backward", &py_swiglu_backward);
   m.def("rms_norm", &py_rms_norm);

@@ -14,8 +14,9 @@ constexpr float kSmallestAbsmax = 1e-36f;      // 127 / absmax is no float below
 constexpr int32_t kInfinityBits = 0x7f800000;  // as integers, |NaN| and Inf are at least this, finite numbers below
 constexpr int64_t kRun = 1024;                 // numbers of a row at a time, on the stack
 
+// 127 / absmax in two roundings, as torch divides a number by a tensor, and so bitsandbytes.
 LILLIPUT_INLINE float factor_of(float absmax) {
-  return absmax >= kSmallestAbsmax ? kLargest / absmax : 0.0f;
+  return absmax >= kSmallestAbsmax ? 1.0f / absmax * kLargest : 0.0f;
 }
 
 LILLIPUT_INLINE I magnitude_bits(F x) {

@@ -49,7 +49,7 @@ Rounded round(const float* x, int64_t columns, const std::vector<bool>& large) {
     if (!large[static_cast<size_t>(k)]) most = std::max(most, std::fabs(x[k]));
   }
   Rounded row{std::vector<int>(static_cast<size_t>(columns), 0), finite ? most / 127.0f : NAN};
-  const float factor = most >= 1e-36f ? 127.0f / most : 0.0f;
+  const float factor = most >= 1e-36f ? 1.0f / most * 127.0f : 0.0f;
   for (int64_t k = 0; finite && k < columns; ++k)
     if (!large[static_cast<size_t>(k)])
       row.codes[static_cast<size_t>(k)] = static_cast<int>(std::nearbyint(x[k] * factor));

@@ -37,7 +37,7 @@ def test_status_says_what_it_runs_on() -> None:
     status = core.status()
     assert status.threads == torch.get_num_threads()
     if status.loaded:
-        assert status.instruction_set in ("portable", "avx2", "avx512")
+        assert status.instruction_set in ("portable", "avx2", "avx512", "avx512vnni")
         assert status.reason == ""
     else:
         assert status.instruction_set is None
@@ -62,11 +62,11 @@ def test_a_wrong_instruction_set_is_said() -> None:
 
 
 @pytest.mark.skipif(not core.status().loaded, reason="the compiled core is not loaded")
-@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512", "avx512vnni"])
 def test_the_kernels_on_each_instruction_set(instruction_set: str) -> None:
     from lilliput import _core
 
-    order = ["portable", "avx2", "avx512"]
+    order = ["portable", "avx2", "avx512", "avx512vnni"]
     if order.index(instruction_set) > order.index(_core.supported_instruction_set()):
         pytest.skip(f"this processor has no {instruction_set}")
     if instruction_set == core.status().instruction_set:

@@ -8,6 +8,7 @@ The reference product is `lilliput.formats.rowwise.vectorwise_product`. Not here
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from lilliput.formats import QuantizedTensor, rowwise
 from lilliput.kernels import dispatch
-from lilliput.kernels.linear_4bit import check, compute_type, matrix
+from lilliput.kernels.core import arrays
+from lilliput.kernels.linear_4bit import check, compute_type, core_knows, float_rows, matrix
 
 
 def linear_int8(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, threshold: float = 6.0) -> Tensor:
@@ -82,7 +84,45 @@ def _linear_backward_fake(grad: Tensor, codes: Tensor, absmax: Tensor) -> Tensor
     return grad.new_empty((*grad.shape[:-1], codes.shape[1]))
 
 
-# ---- registration: a compiled kernel joins here, by dispatch.register_core ----
+# ---- the compiled core ----
+
+
+def by_core(
+    core: ModuleType,
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+) -> Tensor:
+    """`left` float32 [rows, r] and `right` float32 [out, r], both or neither: left right^T is added to the product."""
+    rows = float_rows(x)
+    y = rows.new_empty((*x.shape[:-1], codes.shape[0]))  # no view, since models add to it in place
+    added = None if bias is None else bias.detach().float().contiguous()
+    x_, codes_, absmax_, added_, left_, right_, y_ = arrays(rows, codes, absmax, added, left, right, matrix(y))
+    core.linear_int8(x_, codes_, absmax_, added_, threshold, left_, right_, y_, torch.get_num_threads())
+    return y.to(x.dtype)
+
+
+def backward_by_core(
+    core: ModuleType,
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+) -> Tensor:
+    """`left` float32 [rows, r] and `right` float32 [r, in], both or neither: left right is added to the gradient."""
+    rows = float_rows(grad)
+    gx = rows.new_empty((*grad.shape[:-1], codes.shape[1]))
+    grad_, codes_, absmax_, left_, right_, gx_ = arrays(rows, codes, absmax, left, right, matrix(gx))
+    core.linear_int8_backward(grad_, codes_, absmax_, left_, right_, gx_, torch.get_num_threads())
+    return gx.to(grad.dtype)
+
+
+# ---- registration ----
 
 LINEAR = dispatch.define(
     "linear_int8(Tensor x, Tensor codes, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
@@ -94,6 +134,8 @@ BACKWARD = dispatch.define(
     backward_reference,
     _linear_backward_fake,
 )
+dispatch.register_core(LINEAR, reference, by_core, core_knows)
+dispatch.register_core(BACKWARD, backward_reference, backward_by_core, core_knows)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -160,9 +160,7 @@ def _lora_linear_core(
         low = (rows @ a.detach().float().T).mul_(scaling)
         wide = rows.view(x.shape)
         packed, shape = (codes, absmax, absmax_scale, absmax_offset), (b.shape[0], a.shape[1])
-        product = PRODUCTS[format].forward_by_core
-        assert product is not None  # see _core_knows
-        y = product(core, wide, packed, bias, shape, format, threshold, low, right)
+        y = PRODUCTS[format].forward_by_core(core, wide, packed, bias, shape, format, threshold, low, right)
         return y.to(x.dtype), low
 
 
@@ -179,14 +177,7 @@ def _to_x_core(
 ) -> Tensor:
     left, right = float_rows(low), float_rows(a)
     packed, shape = (codes, absmax, absmax_scale, absmax_offset), (grad.shape[-1], a.shape[1])
-    product = PRODUCTS[format].backward_by_core
-    assert product is not None  # see _core_knows
-    return product(core, grad, packed, shape, format, left, right)
-
-
-def _core_knows(x: Tensor, *others: Any) -> bool:
-    format = next(value for value in others if isinstance(value, str))
-    return core_knows(x) and PRODUCTS[format].forward_by_core is not None
+    return PRODUCTS[format].backward_by_core(core, grad, packed, shape, format, left, right)
 
 
 LORA_LINEAR = dispatch.define(
@@ -198,8 +189,8 @@ LORA_LINEAR = dispatch.define(
 TO_X = dispatch.define(
     f"lora_linear_backward(Tensor grad, {PACKED}, Tensor low, Tensor a, str format) -> Tensor", _to_x, _to_x_fake
 )
-dispatch.register_core(LORA_LINEAR, _lora_linear, _lora_linear_core, _core_knows)
-dispatch.register_core(TO_X, _to_x, _to_x_core, _core_knows)
+dispatch.register_core(LORA_LINEAR, _lora_linear, _lora_linear_core, core_knows)
+dispatch.register_core(TO_X, _to_x, _to_x_core, core_knows)
 
 
 # ---- backward ----

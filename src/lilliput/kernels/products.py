@@ -14,7 +14,9 @@ from torch import Tensor
 
 from lilliput.formats import FORMATS, ROW
 from lilliput.kernels.linear_4bit import backward_by_core, backward_reference, by_core, reference
+from lilliput.kernels.linear_int8 import backward_by_core as backward_by_core_int8
 from lilliput.kernels.linear_int8 import backward_reference as backward_reference_int8
+from lilliput.kernels.linear_int8 import by_core as by_core_int8
 from lilliput.kernels.linear_int8 import reference as reference_int8
 
 Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # codes, absmax, absmax_scale, absmax_offset
@@ -35,8 +37,8 @@ class Product:
 
     forward: Callable[[Tensor, Packed, Tensor | None, Shape, str, float], Tensor]
     backward: Callable[[Tensor, Packed, Shape, str], Tensor]
-    forward_by_core: Callable[..., Tensor] | None = None
-    backward_by_core: Callable[..., Tensor] | None = None
+    forward_by_core: Callable[..., Tensor]
+    backward_by_core: Callable[..., Tensor]
 
 
 # ---- 4 bits ----
@@ -78,7 +80,20 @@ def _backward_int8(grad: Tensor, packed: Packed, shape: Shape, format: str) -> T
     return backward_reference_int8(grad, packed[0].view(shape), packed[1])
 
 
+def _forward_int8_by_core(
+    core: ModuleType, x: Tensor, packed: Packed, bias: Tensor | None, shape: Shape, format: str, threshold: float,
+    left: Tensor, right: Tensor,
+) -> Tensor:  # fmt: skip
+    return by_core_int8(core, x, packed[0].view(shape), packed[1], bias, threshold, left, right)
+
+
+def _backward_int8_by_core(
+    core: ModuleType, grad: Tensor, packed: Packed, shape: Shape, format: str, left: Tensor, right: Tensor
+) -> Tensor:
+    return backward_by_core_int8(core, grad, packed[0].view(shape), packed[1], left, right)
+
+
 _BLOCKS = Product(_forward_4bit, _backward_4bit, _forward_4bit_by_core, _backward_4bit_by_core)
-_ROWS = Product(_forward_int8, _backward_int8)  # a compiled kernel joins here
+_ROWS = Product(_forward_int8, _backward_int8, _forward_int8_by_core, _backward_int8_by_core)
 
 PRODUCTS: dict[str, Product] = {name: _ROWS if row.block == ROW else _BLOCKS for name, row in FORMATS.items()}
