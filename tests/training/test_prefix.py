@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from lilliput import kernels
 from lilliput.data import Pack, pack
 from lilliput.errors import UsageError
+from lilliput.kernels import core
+from lilliput.layers import replace_linears
 from lilliput.lora import LoraConfig, add_adapter
+from lilliput.training import joined, tune
 from lilliput.training import prefix as prefix_module
-from lilliput.training import tune
+from lilliput.training.fused import fused
 from lilliput.training.prefix import (
     CACHE_FILE,
     Plan,
@@ -49,6 +54,7 @@ from lilliput.training.prefix import (
 )
 from lilliput.training.recipe import load_recipe
 from lilliput.training.report import read_journal
+from lilliput.training.resume import Checkpoints
 from lilliput.training.trainer import LabelLoss, batch_of
 from tests.conftest import make_tiny_llama
 from tests.training.conftest import quick, write_rows
@@ -403,6 +409,84 @@ def test_another_word_is_refused() -> None:
         quick("train.reuse_prefix=maybe")
 
 
+# Rows together.
+
+
+def quantized_and_fused(make: Callable[..., PreTrainedModel], undo: ExitStack, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = make(**changes)
+    replace_linears(model, "nf4")
+    undo.enter_context(fused(adapted(model)))
+    return model
+
+
+LENGTHS = (37, 9, 61, 5, 8, 100, 33, 64, 12)
+
+
+@pytest.mark.skipif(not core.status().loaded, reason="the references are run row by row")
+@pytest.mark.parametrize("make", [llama, mistral, qwen2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_states_of_rows_together_are_those_alone_bit_for_bit(
+    make: Callable[..., PreTrainedModel], packed: bool, tmp_path: Path
+) -> None:
+    rows = pack(examples(LENGTHS), 110) if packed else unpacked(LENGTHS)
+    with ExitStack() as undo:
+        prefix = prefix_of(quantized_and_fused(make, undo), rows, tmp_path)
+        assert prefix.joins
+        alone = [prefix.run(row) for row in rows]
+        calls: list[int] = []
+        prefix.layers[0].register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape[1]))
+        for order in (range(len(rows)), reversed(range(len(rows))), [2, 0], [1]):
+            chosen = list(order)
+            for number, state in zip(chosen, prefix.run_all([rows[number] for number in chosen]), strict=True):
+                assert torch.equal(state, alone[number])
+        few = [len(row) for row in rows if len(row) <= joined.FEW]  # their products are summed in another order
+        assert calls[: 1 + len(few)] == [sum(LENGTHS) - sum(few), *few]
+
+
+def test_the_smallest_row_that_joins_is_more_than_the_core_calls_few() -> None:
+    source = (Path(__file__).parents[2] / "csrc" / "ops" / "ops.h").read_text()
+    assert f"few_rows_limit = {joined.FEW};" in source
+
+
+def test_rows_run_alone_where_neighbours_could_change_bits(tmp_path: Path) -> None:
+    """Dense products, torch's own activations, the references, and a model whose attention knows no blocks."""
+    rows = unpacked(LENGTHS)
+    assert not prefix_of(adapted(llama()), rows, tmp_path).joins
+    assert not prefix_of(adapted(gpt2()), rows, tmp_path).joins
+    plain = llama()
+    replace_linears(plain, "nf4")
+    assert not prefix_of(adapted(plain), rows, tmp_path).joins
+    with ExitStack() as undo:
+        model = quantized_and_fused(llama, undo)
+        with kernels.use("reference"):
+            assert not prefix_of(model, rows, tmp_path).joins
+        loss = LabelLoss(model)
+        loss.in_blocks = False
+        found = plan(loss, rows, load_recipe("qlora", ["train.reuse_prefix=on"]).train, True, tmp_path, 0).prefix
+        assert found is not None
+        assert not found.joins
+
+
+@pytest.mark.skipif(not core.status().loaded, reason="the references are run row by row")
+def test_rows_beyond_a_window_and_packs_that_are_recomputed_run_alone(tmp_path: Path) -> None:
+    with ExitStack() as undo:
+        model = quantized_and_fused(lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=40)), undo)
+        prefix = prefix_of(model, unpacked((9, 20, 30, 39)), tmp_path)
+        assert prefix.joins
+        rows = [*unpacked((30, 61)), *pack(examples((12, 15)), 30)]
+        assert [prefix._can_join(row) for row in rows] == [True, False, True]
+        model.gradient_checkpointing_enable()
+        assert [prefix._can_join(row) for row in rows] == [True, False, False]
+
+
+def test_a_group_of_rows_has_a_bound() -> None:
+    rows = unpacked((600, 424, 1, 1500, 20, 30))
+    assert [[len(row) for row in group] for group in joined.groups(rows)] == [[600, 424], [1], [1500], [20, 30]]
+    assert joined.lengths_of(pack(examples((12, 15, 1)), 30)) == [15, 12, 1]
+    assert list(joined.groups([])) == []
+
+
 # Whole runs.
 
 
@@ -470,6 +554,44 @@ def in_memory(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     rows = write_rows(folder / "rows.jsonl")
     trained(model_dir, rows, folder / "run", "train.reuse_prefix=on")
     return rows, folder / "run"
+
+
+@pytest.mark.skipif(not core.status().loaded, reason="the references are run row by row")
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_joined_and_killed_in_the_first_epoch_is_bit_for_bit(
+    packing: str, model_dir: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the second epoch meet in batches that are not those of the first; their states are the same."""
+    joins: list[bool] = []
+
+    def note(prefix: Prefix, packs: Sequence[Pack], find: Callable[..., bool] = prefix_module.joins) -> bool:
+        joins.append(find(prefix, packs))
+        return joins[-1]
+
+    monkeypatch.setattr(prefix_module, "joins", note)
+    settings = ("model.format=nf4", "train.reuse_prefix=on", "train.batch_size=2", f"data.packing={packing}")
+    settings = (*settings, "data.max_length=160", "train.accumulation=1", "train.save_every=5", "train.epochs=2")
+    whole = trained(model_dir, rows, tmp_path / "whole", *settings)
+    with pytest.raises(Stopped), pytest.MonkeyPatch.context() as patch:
+        publish = Checkpoints.publish
+
+        def deadly(self: Checkpoints, at: int, best: int | None) -> None:
+            publish(self, at, best)
+            raise Stopped
+
+        patch.setattr(Checkpoints, "publish", deadly)
+        trained(model_dir, rows, tmp_path / "cut", *settings)
+    trained(model_dir, rows, tmp_path / "cut", *settings, resume=True)
+    expected, got = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "cut")
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    for key in ("loss", "eval_loss"):
+        assert torch.equal(losses_of(tmp_path / "cut", key), losses_of(tmp_path / "whole", key))
+    assert joins == [True] * 3
+    assert "the lowest 2 of 4 layers" in whole.prefix
+
+
+class Stopped(Exception):
+    """The end of a run in the middle."""
 
 
 def test_it_is_said_once_and_stands_in_the_report(

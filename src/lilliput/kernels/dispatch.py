@@ -45,6 +45,12 @@ def use(backend: str) -> Iterator[None]:
         _chosen.backend = before
 
 
+def backend() -> str:
+    """Which backend answers on the CPU in this thread where it knows the types: "reference" or "core"."""
+    chosen = getattr(_chosen, "backend", None)
+    return chosen or ("core" if core.status().loaded else "reference")
+
+
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> str:
     """Define `lilliput::name(...) -> ...` with its reference and its fake; returns the qualified name."""
     name = f"lilliput::{schema.partition('(')[0]}"

@@ -77,6 +77,11 @@ def blocks_of(position_ids: Tensor) -> list[list[int]]:
     return blocks
 
 
+def unread_mask(device: torch.device) -> Tensor:
+    """What stands for the mask where attention goes by blocks: a model that gets none makes one of tokens x tokens."""
+    return torch.zeros(1, 1, 1, 1, device=device)
+
+
 def longest_block(model: PreTrainedModel) -> int | None:
     """The longest sequence for which plain causal attention is what this model computes; None: any."""
     config = model.config.get_text_config()
@@ -153,6 +158,7 @@ def works_in_blocks(model: PreTrainedModel, allowed: Tensor, position_ids: Tenso
             with block_by_block(model):
                 if model.config._attn_implementation != NAME:  # an older architecture, which cannot be given one
                     return False
+                inputs["attention_mask"] = unread_mask(model.device)
                 blocked = model.base_model(**inputs, blocks=blocks_of(position_ids)).last_hidden_state
         except TypeError:  # its forward passes no further arguments on
             return False

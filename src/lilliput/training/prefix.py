@@ -3,11 +3,12 @@
     tokens -> embeddings -> layer 0 .. layer k-1 -> state -> layer k .. last layer -> loss
               '---- frozen: no graph, once a row ----'        '---- every step; backward stops here ----'
 
-A row's state [tokens, hidden] comes from that row alone, without padding and without its neighbours in a batch. It is
-therefore a function of the row and the base only: whether it is remembered, read back from a file or computed again
-after a crash changes no bit of a run, and packed rows (isolated attention, positions that begin anew) need no special
-case. Against a run without reuse, which computes it in the company of a batch, it differs by rounding (over a base in
-int8 by that of the inputs, whose outliers are then those of the row alone).
+A row's state [tokens, hidden] is what comes from that row alone, without padding and without its neighbours in a batch.
+It is therefore a function of the row and the base only: whether it is remembered, read back from a file or computed
+again after a crash changes no bit of a run, and packed rows (isolated attention, positions that begin anew) need no
+special case. Against a run without reuse, which pads it in a batch, it differs by rounding (over a base in int8 by that
+of the inputs, whose outliers are then those of the row alone). Where neighbours change no bit (joined.py), the new rows
+of a batch run together; else one by one.
 
 The decoder's own forward does the work, in two calls. In the first, stand-ins take the place of the layers from k on,
 and the one at k notes what came in; in the second, stand-ins take the place of the layers below k and hand out the
@@ -36,6 +37,8 @@ from lilliput.data import Example, Pack
 from lilliput.errors import FormatError, UsageError
 from lilliput.layers import unrounded
 from lilliput.progress import warn
+from lilliput.training import joined
+from lilliput.training.attention import block_by_block, longest_block
 from lilliput.training.recipe import TrainSection
 from lilliput.training.trainer import LabelLoss, batch_of
 
@@ -157,6 +160,7 @@ class Prefix:
     Attributes:
         depth: how many layers are in it, k.
         runs: rows that went through it so far.
+        joins: whether rows go through it together, with equal bits; `plan` finds out.
 
     Args:
         loss: holds the language model, adapters attached, and knows how it is called.
@@ -176,6 +180,7 @@ class Prefix:
         self.pad_token_id = pad_token_id
         self._stand_ins = [StandIn(layer, as_tuple=as_tuple) for layer in layers]
         self.runs = 0
+        self.joins = False
 
     @contextmanager
     def reused(self, inputs: dict[str, Any], packs: Sequence[Pack]) -> Iterator[dict[str, Any]]:
@@ -187,16 +192,13 @@ class Prefix:
 
         Yields: what it is to be called with instead.
         """
-        with self.above(inputs, [self._state(pack) for pack in packs]) as instead:
+        with self.above(inputs, self._padded(inputs["input_ids"], packs)) as instead:
             yield instead
 
     @contextmanager
-    def above(self, inputs: dict[str, Any], rows: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
-        """As `reused`, with the states [tokens, hidden] of the rows at hand. They are zero at padding."""
-        tokens, first = inputs["input_ids"], self._stand_ins[0]
-        states = rows[0].new_zeros(*tokens.shape, rows[0].shape[-1], device=tokens.device)
-        for place, row in zip(states, rows, strict=True):
-            place[: len(row)] = row
+    def above(self, inputs: dict[str, Any], states: Tensor) -> Iterator[dict[str, Any]]:
+        """As `reused`, with the states [rows, tokens, hidden] at hand. They are zero at padding."""
+        first = self._stand_ins[0]
         with self._replaced(range(self.depth)):
             first.state = states
             try:
@@ -206,26 +208,60 @@ class Prefix:
             finally:
                 first.state = first.came_in = None
 
-    def _state(self, pack: Pack) -> Tensor:
-        key = row_key(pack)
-        state = self.cache.get(key)
-        if state is None:
-            state = self.run(pack)
+    def _padded(self, tokens: Tensor, packs: Sequence[Pack]) -> Tensor:
+        """States [rows, tokens, hidden] for a batch int64 [rows, tokens]; beside them only the cache holds any."""
+        return padded(tokens, self._states(packs))
+
+    def _states(self, packs: Sequence[Pack]) -> list[Tensor]:
+        """The states of the rows, remembered or computed now; a row that comes twice is computed once."""
+        keys = [row_key(pack) for pack in packs]
+        known = {key: state for key in keys if (state := self.cache.get(key)) is not None}
+        missing = {key: pack for key, pack in zip(keys, packs, strict=True) if key not in known}
+        for key, state in zip(missing, self.run_all(list(missing.values())), strict=True):
             self.cache.put(key, state)
-        return state
+            known[key] = state
+        return [known[key] for key in keys]
+
+    def run_all(self, packs: Sequence[Pack]) -> list[Tensor]:
+        """The states [tokens, hidden] of rows, in order: those that can be joined together, the others one by one."""
+        states: dict[int, Tensor] = {}
+        together = [number for number, pack in enumerate(packs) if self.joins and self._can_join(pack)]
+        for group in joined.groups([packs[number] for number in together]):
+            numbers, together = together[: len(group)], together[len(group) :]
+            states.update(zip(numbers, self._run_joined(group), strict=True))
+        return [states[number] if number in states else self.run(pack) for number, pack in enumerate(packs)]
+
+    def _can_join(self, pack: Pack) -> bool:
+        """A function of the row alone. Packed rows whose layers are recomputed keep their mask, as without reuse."""
+        limit = longest_block(self.model)
+        if len(pack) <= joined.FEW or (limit and max(joined.lengths_of([pack])) > limit):
+            return False
+        return not (pack.sequence_ids[-1] and self.loss.recomputes())
+
+    @torch.no_grad()
+    def _run_joined(self, packs: Sequence[Pack]) -> Sequence[Tensor]:
+        """As `run` gives them, bit for bit, where `joins` holds; each is a part of one tensor."""
+        self.runs += len(packs)
+        with block_by_block(self.model):
+            state = self._came_out(joined.called_with(packs, self.model.device))
+        return state[0].split([len(pack) for pack in packs])
 
     @torch.no_grad()
     def run(self, pack: Pack) -> Tensor:
         """The row alone through the embeddings and the layers below k: [tokens, hidden], without a graph."""
         self.runs += 1
-        batch = batch_of([pack], self.pad_token_id)
+        with self.called(batch_of([pack], self.pad_token_id)) as inputs:
+            return self._came_out(inputs)[0]
+
+    def _came_out(self, inputs: dict[str, Any]) -> Tensor:
+        """What arrives at layer k: [rows, tokens, hidden]."""
         above = self._stand_ins[self.depth]
-        with self._replaced(range(self.depth, len(self.layers))), self.called(batch) as inputs:
+        with self._replaced(range(self.depth, len(self.layers))):
             self.model.base_model(**inputs)
         state, above.came_in = above.came_in, None
-        if not isinstance(state, Tensor) or state.shape[:2] != batch["input_ids"].shape or state.ndim != 3:
+        if not isinstance(state, Tensor) or state.shape[:2] != inputs["input_ids"].shape or state.ndim != 3:
             raise ValueError("its layers do not pass on one state a token")
-        return state[0]
+        return state
 
     def called(self, batch: dict[str, Tensor]) -> AbstractContextManager[dict[str, Any]]:
         """`LabelLoss.called` for a batch that may lie on another device."""
@@ -251,6 +287,14 @@ class Prefix:
     def close(self) -> None:
         """Let the states go and remove the file."""
         self.cache.close()
+
+
+def padded(tokens: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Rows [tokens, hidden] as one tensor [rows, tokens, hidden] of the size of a batch, zero at padding."""
+    states = rows[0].new_zeros(*tokens.shape, rows[0].shape[-1], device=tokens.device)
+    for place, row in zip(states, rows, strict=True):
+        place[: len(row)] = row
+    return states
 
 
 def row_key(pack: Pack) -> bytes:
@@ -303,6 +347,7 @@ def plan(
         return _without(model, asked, reason, None)
     prefix = Prefix(loss, layers, depth, pad_token_id, cache, as_tuple=as_tuple)
     reason = why_not(prefix, rows) or ("" if asked else _does_not_pay(prefix, rows)) or ""
+    prefix.joins = not reason and joins(prefix, rows)
     prefix.runs = 0
     if reason:
         return _without(model, asked, reason, f"{_named(depth, len(layers))} are frozen, not reused: {reason}")
@@ -383,7 +428,8 @@ def _both_ways(prefix: Prefix, packs: Sequence[Pack]) -> tuple[Tensor, Tensor]:
     """Last hidden states [rows, tokens, hidden] of the plain forward, and of the one in two parts; nothing is kept."""
     with prefix.called(batch_of(packs, prefix.pad_token_id)) as inputs:
         plain = prefix.model.base_model(**inputs).last_hidden_state
-        with prefix.above(inputs, [prefix.run(pack) for pack in packs]) as instead:
+        states = padded(inputs["input_ids"], [prefix.run(pack) for pack in packs])
+        with prefix.above(inputs, states) as instead:
             return plain, prefix.model.base_model(**instead).last_hidden_state
 
 
@@ -394,6 +440,27 @@ def _agree(plain: Tensor, parted: Tensor, packs: Sequence[Pack]) -> bool:
         bool((row[: len(pack)] - other[: len(pack)]).abs().max() <= allowed)
         for row, other, pack in zip(plain, parted, packs, strict=True)
     )
+
+
+@torch.no_grad()
+def joins(prefix: Prefix, rows: Sequence[Pack]) -> bool:
+    """Whether rows may go through the prefix together: by what its layers do, and tried on the run's own rows.
+
+    Those tried are a few of the shortest, of the middle and of the longest that can be joined.
+    """
+    if not prefix.loss.in_blocks:
+        return False
+    fit = sorted((row for row in rows if prefix._can_join(row)), key=len)
+    tried = [*fit[:2], *fit[len(fit) // 2 :][:2], *fit[-1:]]
+    if len(tried) < 2:
+        return False
+    layers = list(prefix.layers)[: prefix.depth]
+    with _mode(prefix.model, False):
+        done = joined.operations_in(layers, lambda: prefix._run_joined(tried[:2]))
+        if joined.unlike(done, prefix.model.device):
+            return False
+        together = prefix._run_joined(tried)
+        return all(torch.equal(state, prefix.run(row)) for state, row in zip(together, tried, strict=True))
 
 
 def _draws(prefix: Prefix, pack: Pack) -> bool:

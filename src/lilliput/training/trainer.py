@@ -36,6 +36,7 @@ from lilliput.training.attention import (
     blocks_of,
     longest_block,
     takes_packed_rows,
+    unread_mask,
     works_in_blocks,
 )
 from lilliput.training.recipe import TrainSection
@@ -118,25 +119,23 @@ class LabelLoss(nn.Module):
 
         The arguments are those of `forward`.
         """
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": None if attention_mask is None else additive(attention_mask, self.model),
-            "position_ids": position_ids,
-            "use_cache": False,
-        }
-        blocks = self._blocks(position_ids)
-        with block_by_block(self.model) if blocks else nullcontext():
-            yield {**inputs, "blocks": blocks} if blocks else inputs
+        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if blocks := self._blocks(position_ids):
+            with block_by_block(self.model):
+                yield {**inputs, "attention_mask": unread_mask(input_ids.device), "blocks": blocks}
+        else:
+            yield {**inputs, "attention_mask": None if attention_mask is None else additive(attention_mask, self.model)}
 
     def _blocks(self, position_ids: Tensor | None) -> list[list[int]] | None:
         """The sequences of a packed batch, where attention can take them one by one."""
-        recomputed = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
-        if (
-            position_ids is None or not self.in_blocks or recomputed
-        ):  # recomputing, backward would see another attention
-            return None
+        if position_ids is None or not self.in_blocks or self.recomputes():
+            return None  # recomputing, backward would see another attention
         blocks, limit = blocks_of(position_ids), longest_block(self.model)
         return None if limit and max(map(max, blocks)) > limit else blocks
+
+    def recomputes(self) -> bool:
+        """Whether layers run once more in backward (gradient checkpointing)."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
 
     def _direct(self, inputs: dict[str, Any], wanted: Tensor) -> Tensor:
         hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1]
