@@ -112,3 +112,14 @@ def test_tables_are_quantized_only_when_asked_for_and_where_they_can_be(tiny_lla
         replace_linears(nn.Sequential(nn.Linear(4, 4)), "int8", embeddings=True)
     with pytest.raises(UsageError, match="'lm_head' with the token table, and it is in skip"):
         replace_linears(tiny_llama(tie_word_embeddings=True), "int8", skip=["lm_head"], embeddings=True)
+
+
+def test_int8_layers_and_tables_compile_in_one_piece(tiny_llama) -> None:
+    model, ids = tiny_llama(tie_word_embeddings=True), torch.arange(12)[None]
+    replace_linears(model, "int8", embeddings=True)
+
+    def steps(ids: torch.Tensor) -> torch.Tensor:
+        return model.lm_head(model.model.layers[0].mlp(model.model.embed_tokens(ids)))
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(steps, backend="eager", fullgraph=True)(ids), steps(ids))
