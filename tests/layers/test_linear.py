@@ -209,10 +209,10 @@ def test_int8_computes_llm_int8s_product_with_its_threshold():
     assert QuantizedLinear.from_linear(linear).threshold == 0.0
 
 
-def test_int8_is_saved_as_a_matrix_with_an_absmax_a_row():
+def test_int8_is_saved_flat_with_an_absmax_a_row():
     layer = make_int8()
     assert set(layer.state_dict()) == {"weight", "weight_absmax", "bias"}
-    assert (layer.weight.dtype, layer.weight.shape) == (torch.int8, (128, 64))
+    assert (layer.weight.dtype, layer.weight.shape) == (torch.int8, (128 * 64, 1))
     assert (layer.weight_absmax.dtype, layer.weight_absmax.shape) == (torch.float32, (128,))
     assert layer.quantized.nbytes == 128 * 64 + 128 * 4
     filled = QuantizedLinear.empty(64, 128, True, "int8").to_empty(device="cpu")
