@@ -1,8 +1,8 @@
 """Predicted against true classes: the table of counts, and accuracy, macro F1 and the majority class read off it.
 
-    true \\ predicted   neg  pos
-    neg                  40    4        accuracy 0.90 = (40 + 41) / 90
-    pos                   5   41        majority 0.51 = 46 / 90, what always saying "pos" would get
+true \\ predicted   neg  pos
+neg                  40    4        accuracy 0.90 = (40 + 41) / 90
+pos                   5   41        majority 0.51 = 46 / 90, what always saying "pos" would get
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ class Confusion:
     def to_json(self) -> dict[str, Any]:
         """Plain values: accuracy, majority_accuracy, macro_f1, rows, classes (per class: rows, predicted, right), confusion."""
         classes = {
-            name: {"rows": sum(self.table[c]), "predicted": sum(row[c] for row in self.table), "right": self.table[c][c]}
+            name: {
+                "rows": sum(self.table[c]),
+                "predicted": sum(row[c] for row in self.table),
+                "right": self.table[c][c],
+            }
             for c, name in enumerate(self.labels)
         }
         return {

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label",)
 _AT_ONCE = 256  # texts handed to the tokenizer at a time
+_MANY = 100  # such parts, from which on a bar is shown
 _SHOWN = 8  # labels in an error before "…"
 
 
@@ -143,7 +144,12 @@ def _gather(path: Path, text_column: str | None, label_column: str | None) -> tu
     """The raw rows, and what is to be said where a header was found missing."""
     first = first_fields(path, literal=True)
     known = {*TEXT_COLUMNS, *LABEL_COLUMNS}
-    if path.suffix.lower() == ".tsv" and first and len(first) == 2 and not (text_column or label_column or known & {*first}):
+    if (
+        path.suffix.lower() == ".tsv"
+        and first
+        and len(first) == 2
+        and not (text_column or label_column or known & {*first})
+    ):
         columns = (TEXT_COLUMNS[0], LABEL_COLUMNS[0])
         note = f"{path.name} has no header: its first column is read as the text, its second as the label"
         return gather(path, columns=columns, literal=True), note
@@ -176,7 +182,9 @@ def _columns(path: Path, records: Records, text: str | None, label: str | None) 
             near = nearest(wanted[0], there)
             todo = f"Name the column with --{what}-column (data.{what}_column in a recipe)."
             raise DataError(
-                f"has no column {missing}{near}; its columns are {', '.join(there) or 'none'}", where=str(path), todo=todo
+                f"has no column {missing}{near}; its columns are {', '.join(there) or 'none'}",
+                where=str(path),
+                todo=todo,
             )
         found.append(name)
     return found[0], found[1]
@@ -257,13 +265,16 @@ def encode_labelled(
                 todo=f"The classes are: {known}. Correct the row, or train with rows of this class.",
             )
     examples, long = [], []
-    for row, ids, longer in zip(texts.rows, *_encode(texts, tokenizer, max_length, progress), strict=True):
+    encoded = encode_texts([row.text for row in texts.rows], tokenizer, max_length, progress=progress)
+    for row, ids, longer in zip(texts.rows, *encoded, strict=True):
         if longer:
             long.append(row.origin)
         if not longer or overlong == "truncate":
             examples.append(ClassExample(ids, number[row.label], row.origin))
     if long and overlong == "error":
-        what = f"more than {max_length:,} tokens (data.max_length); {len(long):,} of {len(texts.rows):,} rows are longer"
+        what = (
+            f"more than {max_length:,} tokens (data.max_length); {len(long):,} of {len(texts.rows):,} rows are longer"
+        )
         raise DataError(what, where=long[0], todo="Raise data.max_length, or set data.overlong to drop or truncate.")
     if not examples:
         what = f"all {len(long):,} rows have more than {max_length:,} tokens"
@@ -271,18 +282,17 @@ def encode_labelled(
     return ClassSet(examples, list(labels), long, overlong, texts.skipped, texts.sha256)
 
 
-def _encode(
-    texts: LabelledTexts, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: bool
+def encode_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, *, progress: bool = False
 ) -> tuple[list[list[int]], list[bool]]:
-    """Ids of each text, cut at `max_length`, and whether something was cut off."""
-    parts = [texts.rows[at : at + _AT_ONCE] for at in range(0, len(texts.rows), _AT_ONCE)]
+    """Token ids of each text with the special tokens, cut at `max_length`, and whether something was cut off."""
+    parts = [list(texts[at : at + _AT_ONCE]) for at in range(0, len(texts), _AT_ONCE)]
     ids: list[list[int]] = []
     longer: list[bool] = []
-    for part in track(parts, "reading rows", shown=progress and len(parts) > 8):
-        words = [row.text for row in part]
-        whole = tokenizer(words, verbose=False)["input_ids"]
+    for part in track(parts, "reading rows", shown=progress and len(parts) > _MANY):
+        whole = tokenizer(part, verbose=False)["input_ids"]
         if any(len(row) > max_length for row in whole):
-            ids += tokenizer(words, truncation=True, max_length=max_length)["input_ids"]
+            ids += tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
         else:
             ids += whole
         longer += [len(row) > max_length for row in whole]
@@ -310,3 +320,9 @@ def collate_labelled(examples: Sequence[ClassExample], pad_token_id: int) -> dic
         "labels": torch.tensor([example.label for example in examples]),
         "tokens": torch.tensor(sum(map(len, examples))),
     }
+
+
+def length_batches(examples: Sequence[ClassExample], batch_size: int) -> list[list[int]]:
+    """Numbers of the examples in batches, those of similar length together, so that little is padded."""
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row]))
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]

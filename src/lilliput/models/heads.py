@@ -12,13 +12,14 @@ Not here: training the head (training/classify.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lilliput.errors import CheckpointError, UsageError
 from lilliput.files import read_json, write_json
@@ -50,23 +51,30 @@ class Classifier:
     def save(self, directory: str | Path) -> None:
         """Write `classifier.json` into an adapter's directory; `id2label` as in a config.json."""
         named = {"id2label": {str(index): name for index, name in enumerate(self.labels)}}
-        write_json(Path(directory) / CLASSIFIER_FILE, {**named, **{k: v for k, v in asdict(self).items() if k != "labels"}})
+        write_json(
+            Path(directory) / CLASSIFIER_FILE, {**named, **{k: v for k, v in asdict(self).items() if k != "labels"}}
+        )
 
     @classmethod
     def read(cls, directory: str | Path) -> Classifier:
         """Read it from an adapter's directory or a run folder. Raises CheckpointError when it is not there or broken."""
         folder = Path(directory)
-        path = next((f / CLASSIFIER_FILE for f in (folder, folder / "adapter") if (f / CLASSIFIER_FILE).is_file()), None)
+        path = next(
+            (f / CLASSIFIER_FILE for f in (folder, folder / "adapter") if (f / CLASSIFIER_FILE).is_file()), None
+        )
         if path is None:
+            fault = "is no classifier's adapter" if folder.is_dir() else "no such directory"
             todo = "Give the folder of a run of `lilliput tune … --task classify`."
-            raise CheckpointError(f"is no classifier's adapter: it has no {CLASSIFIER_FILE}", where=str(folder), todo=todo)
+            raise CheckpointError(f"{fault}: {CLASSIFIER_FILE} is not there", where=str(folder), todo=todo)
         content = read_json(path)
         try:
             names = content["id2label"]
             labels = [str(names[str(index)]) for index in range(len(names))]
             return cls(labels, int(content["max_length"]), int(content["pad_token_id"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"cannot be read ({error!r})", where=str(path), todo="Copy the folder again.") from error
+            raise CheckpointError(
+                f"cannot be read ({error!r})", where=str(path), todo="Copy the folder again."
+            ) from error
 
 
 def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -79,11 +87,6 @@ def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
             todo="Choose a model of another family, such as BERT, RoBERTa, GPT-2 or Llama.",
         )
     return known[type(config)]
-
-
-def is_classifier(config: PreTrainedConfig) -> bool:
-    """Whether the checkpoint is one with a classifier's head."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def labels_of(config: PreTrainedConfig) -> list[str]:
@@ -148,3 +151,41 @@ def fresh_modules(model: PreTrainedModel) -> list[str]:
     """Full names of the modules with random numbers, which are to be trained whole; none for a model that was loaded as
     it is."""
     return list(getattr(model, _FRESH, ()))
+
+
+def classifier_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """The token that rows of a batch are filled with: the tokenizer's padding, else the one that ends a text.
+
+    No other token will do here: GPT-2's and Llama's kind of classifier looks for the last token that is no padding.
+    Raises UsageError when there is neither.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int) and token < vocabulary:
+            return token
+    raise UsageError(
+        "the tokenizer has no padding token and no token that ends a text, so rows cannot be put into one batch",
+        where="tokenizer",
+        todo="Set pad_token in its tokenizer_config.json.",
+    )
+
+
+def classifier_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Classifier:
+    """What a model that is a classifier by itself says of its labels. Raises UsageError when it is none."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise UsageError(
+            f"is a {type(model).__name__}, which has no classifier's head",
+            where=str(model.name_or_path),
+            todo="Give an adapter of `lilliput tune … --task classify` with --adapter.",
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    return Classifier(
+        labels_of(model.config), min(longest, tokenizer.model_max_length), classifier_pad(tokenizer, model)
+    )
+
+
+@torch.no_grad()
+def class_logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """A classifier's logits, float32 [rows, classes] on the CPU; batch: input_ids and attention_mask int64 [rows, tokens]."""
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    return model(**inputs).logits.float().cpu()
