@@ -32,7 +32,15 @@ _SIZES = {
     "pad_token_id": 0,
     "initializer_range": 0.1,  # so that random words differ enough to be told apart
 }
-_GPT2 = {"vocab_size": 32, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 2, "eos_token_id": 3}
+_GPT2 = {
+    "vocab_size": 32,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
 
 
 def make_wordpiece() -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""`tune --task classify` and `eval classify` as a person types them: results, tables, and each bad input as one line."""
+"""`tune --task classify` and `eval classify` as a person types them: results, tables, each bad input as one line."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_tune_shows_accuracy_and_what_to_try(tiny_encoder_dir: Path, data: Path,
 def test_check_takes_the_task_too(tiny_encoder_dir: Path, data: Path) -> None:
     found = answer("check", tiny_encoder_dir, "--task", "classify", "--data", data)
     assert found["passed"] is True
-    assert [check["name"] for check in found["checks"]][0] == "padded rows = rows alone"
+    assert found["checks"][0]["name"] == "padded rows = rows alone"
 
 
 def test_columns_and_recipes_by_option(tiny_encoder_dir: Path, tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def test_columns_by_name(tmp_path: Path) -> None:
     path.write_text("id,review,stars\n1,fine,5\n2,poor,1\n")
     found = read_labelled(path, text_column="review", label_column="stars")
     assert [(row.text, row.label) for row in found.rows] == [("fine", "5"), ("poor", "1")]
-    with pytest.raises(DataError, match=r"rows.csv: has no column 'text' or 'sentence'.*id, review, stars.*--text-column"):
+    with pytest.raises(
+        DataError, match=r"rows.csv: has no column 'text' or 'sentence'.*id, review, stars.*--text-column"
+    ):
         read_labelled(path)
     with pytest.raises(DataError, match=r"no column 'reviews'; did you mean 'review'\?"):
         read_labelled(path, text_column="reviews", label_column="stars")

@@ -80,8 +80,12 @@ def test_a_directory_is_pulled_file_by_file_and_loads(directory_entry, cache, tm
     source = locate("tiny-directory")
     assert (source.kind, source.path) == ("directory", path)
     loaded = load_model("tiny-directory", format="nf4", progress=False)
-    assert loaded.base_identity.weights_sha256 == load_model(tiny_model_dir, progress=False).base_identity.weights_sha256
-    assert load_tokenizer("tiny-directory")("The river").input_ids == load_tokenizer(tiny_model_dir)("The river").input_ids
+    assert (
+        loaded.base_identity.weights_sha256 == load_model(tiny_model_dir, progress=False).base_identity.weights_sha256
+    )
+    assert (
+        load_tokenizer("tiny-directory")("The river").input_ids == load_tokenizer(tiny_model_dir)("The river").input_ids
+    )
 
 
 def test_one_changed_file_of_a_directory_is_refused_and_one_lost_is_fetched_again(directory_entry, monkeypatch):

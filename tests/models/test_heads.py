@@ -1,4 +1,4 @@
-"""A classifier's head on a base: the backbone is taken over to the bit, what is new is known, nothing else is let through."""
+"""A classifier's head on a base: the backbone is the checkpoint's to the bit, what is new is known, no more may be."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from lilliput.models.heads import class_logits, classifier_of, classifier_pad, f
 from tests.classifiers import make_encoder, make_wordpiece, save_encoder
 
 LABELS = ["bad", "good", "so-so"]
-BATCH = {"input_ids": torch.tensor([[2, 5, 17, 3], [2, 21, 3, 0]]), "attention_mask": torch.tensor([[1] * 4, [1, 1, 1, 0]])}
+BATCH = {
+    "input_ids": torch.tensor([[2, 5, 17, 3], [2, 21, 3, 0]]),
+    "attention_mask": torch.tensor([[1] * 4, [1, 1, 1, 0]]),
+}
 FRESH = {
     "bert": ["classifier"],
     "bert without pooler": ["bert.pooler.dense", "classifier"],

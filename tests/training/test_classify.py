@@ -1,4 +1,4 @@
-"""A classifier's run on tiny encoders: it learns, its folder is whole, it resumes bit for bit, PEFT gives equal logits."""
+"""A classifier's run on tiny encoders: it learns, its folder is whole, it resumes bit for bit, PEFT agrees with it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def test_the_folder_holds_what_is_promised(finished: tuple[ClassifyResult, Path]
         assert said in report, said
     lines = read_journal(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(result.steps + 1))
-    assert {line["step"] for line in lines if "eval_accuracy" in line} == {line["step"] for line in lines if "eval_loss" in line}
+    assert {line["step"] for line in lines if "eval_accuracy" in line} == {
+        line["step"] for line in lines if "eval_loss" in line
+    }
 
 
 def test_the_adapter_holds_the_head_and_knows_its_base_and_its_labels(finished: tuple[ClassifyResult, Path]) -> None:
@@ -193,7 +195,9 @@ def test_interrupted_and_resumed_is_bit_for_bit(
             run(tiny_encoder_dir, tmp_path / "broken", setting, check=False)
     resumed = run(tiny_encoder_dir, tmp_path / "broken", setting, check=False, resume=True)
     assert whole.confusion == resumed.confusion
-    expected, got = (load_file(tmp_path / f / "run" / "adapter" / "adapter_model.safetensors") for f in ("whole", "broken"))
+    expected, got = (
+        load_file(tmp_path / f / "run" / "adapter" / "adapter_model.safetensors") for f in ("whole", "broken")
+    )
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     states = [
@@ -215,7 +219,9 @@ def test_accumulation_is_the_same_run_but_for_rounding(tiny_encoder_dir: Path, t
         (tmp_path / name).mkdir()
         settings = (f"train.batch_size={batch}", f"train.accumulation={accumulation}", "lora.lora_dropout=0")
         run(base, tmp_path / name, *settings, "train.max_steps=5", "train.learning_rate=1e-3", check=False)
-        losses.append([line["loss"] for line in read_journal(tmp_path / name / "run" / "metrics.jsonl") if "loss" in line])
+        losses.append(
+            [line["loss"] for line in read_journal(tmp_path / name / "run" / "metrics.jsonl") if "loss" in line]
+        )
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len(losses[0]) == 5
 
@@ -267,7 +273,9 @@ def test_a_model_that_sees_padding_is_caught(
         return {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
 
     monkeypatch.setattr("lilliput.training.class_checks.collate_labelled", unmasked)
-    with pytest.raises(CheckFailed, match="'padded rows = rows alone' is broken.*'accumulation 1 x 8 = 8 x 1' is broken"):
+    with pytest.raises(
+        CheckFailed, match="'padded rows = rows alone' is broken.*'accumulation 1 x 8 = 8 x 1' is broken"
+    ):
         run(tiny_encoder_dir, tmp_path)
     assert not (tmp_path / "run" / "adapter").exists()
 

@@ -57,7 +57,7 @@ class Confusion:
         return 2 * self.table[c][c] / (true + predicted) if true + predicted else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: accuracy, majority_accuracy, macro_f1, rows, classes (per class: rows, predicted, right), confusion."""
+        """Plain values: the three figures, rows, confusion (the table), and each class's rows, predicted and right."""
         classes = {
             name: {
                 "rows": sum(self.table[c]),

@@ -2,9 +2,9 @@
 
     my.tsv:7  "a gripping film<TAB>pos"  ->  ids [CLS] a gripping film [SEP], class 1 of ["neg", "pos"]
 
-A label is a text or a whole number, and its name is what is kept; classes are numbered in the order of their names, numbers by
-value. Rows come from any file of `records.py`. In a .tsv file quotes are literal here, as in GLUE's files, and two columns
-without a header are a text and its label.
+A label is a text or a whole number, and its name is what is kept; classes are numbered in the order of their names,
+numbers by value. Rows come from any file of `records.py`. In a .tsv file quotes are literal here, as in GLUE's files,
+and two columns without a header are a text and its label.
 Not here: chats (`chats.py`), several labels to a row, texts in pairs.
 """
 
@@ -45,7 +45,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """The good rows of a file, the bad ones that were left out, the rows' fingerprint, and what is to be said about them."""
+    """The good rows of a file, the bad ones that were left out, the fingerprint of all, and what is to be said."""
 
     rows: list[LabelledText]
     skipped: list[SkippedRow] = field(default_factory=list)
@@ -163,8 +163,8 @@ def _check_first_line(path: Path, rows: Sequence[LabelledText]) -> None:
         raise DataError(
             f"the label '{first.label}' stands nowhere else, so this line may be a header",
             where=first.origin,
-            todo=f"If it is, say --text-column '{first.text}' --label-column '{first.label}'; if not, begin the file with "
-            "the line text<TAB>label.",
+            todo=f"If it is, say --text-column '{first.text}' --label-column '{first.label}'; if not, begin the file "
+            "with the line text<TAB>label.",
         )
 
 
@@ -252,8 +252,8 @@ def encode_labelled(
         overlong: what to do with longer ones; a truncated one keeps its special tokens.
         progress: show a bar.
 
-    Raises DataError for a label that is none of `labels` (with its row), for a text that is too long where `overlong` is
-    "error", and when no example is left.
+    Raises DataError for a label that is none of `labels` (with its row), for a text that is too long where `overlong`
+    is "error", and when no example is left.
     """
     number = {name: index for index, name in enumerate(labels)}
     for row in texts.rows:

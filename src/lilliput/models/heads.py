@@ -4,9 +4,9 @@
     BertModel: encoder…, pooler       BertForSequenceClassification: bert.encoder…, bert.pooler; classifier is new
     LlamaForCausalLM: model…, lm_head LlamaForSequenceClassification: model…; score is new, lm_head is left
 
-What begins afresh holds random numbers and must be trained whole (`fresh_modules`); it is never quantized. A checkpoint that
-is a classifier of the same labels already keeps its head. What a person needs to use a saved adapter (labels, length,
-padding) lies beside it in `classifier.json`.
+What begins afresh holds random numbers and must be trained whole (`fresh_modules`); it is never quantized. A checkpoint
+that is a classifier of the same labels already keeps its head. What a person needs to use a saved adapter (labels,
+length, padding) lies beside it in `classifier.json`.
 Not here: training the head (training/classify.py).
 """
 
@@ -50,10 +50,10 @@ class Classifier:
 
     def save(self, directory: str | Path) -> None:
         """Write `classifier.json` into an adapter's directory; `id2label` as in a config.json."""
-        named = {"id2label": {str(index): name for index, name in enumerate(self.labels)}}
-        write_json(
-            Path(directory) / CLASSIFIER_FILE, {**named, **{k: v for k, v in asdict(self).items() if k != "labels"}}
-        )
+        content = asdict(self)
+        labels = content.pop("labels")
+        named = {str(index): name for index, name in enumerate(labels)}
+        write_json(Path(directory) / CLASSIFIER_FILE, {"id2label": named, **content})
 
     @classmethod
     def read(cls, directory: str | Path) -> Classifier:
@@ -186,6 +186,6 @@ def classifier_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 @torch.no_grad()
 def class_logits(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """A classifier's logits, float32 [rows, classes] on the CPU; batch: input_ids and attention_mask int64 [rows, tokens]."""
+    """Logits float32 [rows, classes] on the CPU, of a batch with input_ids and attention_mask int64 [rows, tokens]."""
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
     return model(**inputs).logits.float().cpu()

@@ -1,4 +1,4 @@
-"""The promises of exactness for a classifier: padding, accumulation, gradients, saving; on a few of the user's own rows.
+"""The promises of exactness for a classifier, on a few rows: padding, accumulation, gradients, saving.
 
 As in checks.py, whose frame runs them: each returns what it measured and what to do when that is not good enough.
 """

@@ -1,8 +1,8 @@
-"""A classifier's run, in a screen: read and count the labels, put a head on the base, train adapter and head, score, save.
+"""A classifier's run, in a screen: count the labels, put a head on the base, train adapter and head, score, save.
 
-The base stays as it is, quantized or not; LoRA sits on its projections, and what begins afresh (the head) is trained whole
-and saved in the adapter (PEFT's `modules_to_save`). The loss of a step is the mean cross entropy of its rows, counted over
-all batches that it accumulates. What all runs share is in loop.py.
+The base stays as it is, quantized or not; LoRA sits on its projections, and what begins afresh (the head) is trained
+whole and saved in the adapter (PEFT's `modules_to_save`). The loss of a step is the mean cross entropy of its rows,
+counted over all batches that it accumulates. What all runs share is in loop.py.
 Not here: chats (run.py), several labels to a row, regression.
 """
 
@@ -75,8 +75,8 @@ def tune_classifier(
 ) -> ClassifyResult:
     """Train a classifier: an adapter and a head for the labels of a file of texts. What `tune` does for such recipes.
 
-    The arguments, the run's folder and the errors are those of `tune`. DataError also says: no column with the text or the
-    label, a text or a label that is missing, all rows of one class, a label that only `eval_data` has.
+    The arguments, the run's folder and the errors are those of `tune`. DataError also says: no column with the text or
+    the label, a text or a label that is missing, all rows of one class, a label that only `eval_data` has.
     """
     began, data, out = time.perf_counter(), Path(data), Path(out)
     identity = identity_of_run(model, data, recipe, eval_data)
@@ -120,7 +120,7 @@ def check_labelled(model: str, data: str | Path, recipe: Recipe, *, progress: bo
 def load_classifier(
     model: str, recipe: Recipe, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, progress: bool = True
 ) -> PreTrainedModel:
-    """The base in the recipe's number format under a head for `labels`, with a new adapter; all drawn by the recipe's seed.
+    """The base in the recipe's number format under a head for `labels`, with a new adapter, drawn by the recipe's seed.
 
     Raises UsageError where the family has no classifier, or the tokenizer nothing to pad with.
     """

@@ -131,8 +131,10 @@ class Recipe(Section):
     def _what_fits_the_task(self) -> Recipe:
         data, where = self.data, f"data.task={self.data.task}"
         if data.task == "chat" and (data.text_column or data.label_column):
-            raise UsageError("data.text_column and data.label_column name the columns of texts with labels, and the rows "
-                             "are chats", todo="Set data.task=classify (--task classify).")  # fmt: skip
+            raise UsageError(
+                "data.text_column and data.label_column belong to texts with labels, and the rows are chats",
+                todo="Set data.task=classify (--task classify).",
+            )
         if data.task == "classify" and data.packing:
             raise UsageError(f"data.packing does not go with {where}", todo="Set data.packing=false.")
         if data.task == "classify" and self.train.reuse_prefix == "on":

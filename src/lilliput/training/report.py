@@ -35,10 +35,10 @@ _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers",
 class Journal(TrainerCallback):
     """One JSON object a step in metrics.jsonl, and the bar.
 
-    A line: step, epoch, loss (mean over the step's labelled tokens), learning_rate, grad_norm (before clipping), tokens
-    and seconds (sums over the run, padding and evaluation aside), tokens_per_second (of this step), eval_loss where one
-    was taken, with a classifier's eval_accuracy. Step 0 has the evaluation before training. A line is written when its step is over, at the latest before
-    the checkpoint that a resumed run would begin from.
+    A line: step, epoch, loss (mean over the step's labelled tokens, or rows), learning_rate, grad_norm (before
+    clipping), tokens and seconds (sums over the run, padding and evaluation aside), tokens_per_second (of this step),
+    eval_loss where one was taken, with a classifier's eval_accuracy. Step 0 has the evaluation before training. A line
+    is written when its step is over, at the latest before the checkpoint that a resumed run would begin from.
     """
 
     def __init__(self, path: Path, advance: Advance, *, from_step: int = 0) -> None:

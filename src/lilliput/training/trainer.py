@@ -209,7 +209,7 @@ def head_is_plain(model: PreTrainedModel) -> bool:
 
 
 class Rows(Dataset):
-    """Packs, or other things with a length, in the order of an epoch, which is a function of the seed and the epoch alone.
+    """Packs, or other things with a length, in the order of an epoch: a function of the seed and the epoch alone.
 
     Rows of similar length come into the same step, longest last, and steps are shuffled. The order does not depend on
     how a step is divided into batches.
@@ -257,7 +257,7 @@ def batch_of(packs: Sequence[Pack], pad_token_id: int, collate: Collate = collat
 
 
 class RunTrainer(Trainer):
-    """The Trainer of a run, whatever is learned: counts tokens, ends on a loss that is no number, saves what is trained.
+    """The Trainer of a run, whatever is learned: counts tokens, ends on a loss that is no number, saves what it trains.
 
     A batch says under `tokens` how many are no padding.
     """
