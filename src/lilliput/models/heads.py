@@ -57,11 +57,10 @@ class Classifier:
 
     @classmethod
     def read(cls, directory: str | Path) -> Classifier:
-        """Read it from an adapter's directory or a run folder. Raises CheckpointError when it is not there or broken."""
+        """Read it from an adapter's directory or a run folder. Raises CheckpointError when it is missing or broken."""
         folder = Path(directory)
-        path = next(
-            (f / CLASSIFIER_FILE for f in (folder, folder / "adapter") if (f / CLASSIFIER_FILE).is_file()), None
-        )
+        places = (folder / CLASSIFIER_FILE, folder / "adapter" / CLASSIFIER_FILE)
+        path = next((place for place in places if place.is_file()), None)
         if path is None:
             fault = "is no classifier's adapter" if folder.is_dir() else "no such directory"
             todo = "Give the folder of a run of `lilliput tune … --task classify`."
