@@ -44,7 +44,7 @@ def test_eval_gives_the_same_numbers_again(tuned: tuple[dict, Path], tiny_encode
     assert (found["format"], found["labels"], found["rows"]) == ("nf4", ["neg", "pos"], 80)
     shown = run("eval", "classify", tiny_encoder_dir, "--adapter", out, "--data", data).stdout
     assert "accuracy" in shown
-    assert "predicted (across)" in shown
+    assert "true \\ predicted" in shown
 
 
 def test_a_text_gets_a_label_and_a_probability(tuned: tuple[dict, Path], tiny_encoder_dir: Path) -> None:

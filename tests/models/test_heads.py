@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from lilliput.errors import CheckpointError, UsageError
 from lilliput.layers import identity_of, quantized_layers
 from lilliput.models import Classifier, load_model, load_tokenizer, save_model
 from lilliput.models.heads import class_logits, classifier_of, classifier_pad, fresh_modules
 from tests.classifiers import make_encoder, make_wordpiece, save_encoder
+from tests.models.conftest import make_model
+from tests.models.gguf_files import write_gguf
 
 LABELS = ["bad", "good", "so-so"]
 BATCH = {
@@ -143,3 +145,14 @@ def test_a_classifier_says_what_it_knows_of_its_labels_and_others_are_refused(tm
     save_encoder(tmp_path / "base")
     with pytest.raises(UsageError, match="is a BertModel, which has no classifier's head.*--adapter"):
         classifier_of(load_model(tmp_path / "base", progress=False), tokenizer)
+
+
+def test_a_gguf_file_becomes_a_classifier(tmp_path: Path, cache: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    original = make_model("llama")
+    file = write_gguf(tmp_path / "tiny.gguf", original, tiny_tokenizer)
+    model = load_model(file, labels=LABELS, progress=False)
+    assert type(model).__name__ == "LlamaForSequenceClassification"
+    assert fresh_modules(model) == ["score"]
+    plain = load_model(file, progress=False)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model.base_model(ids)[0], plain.base_model(ids)[0])

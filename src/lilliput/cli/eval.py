@@ -135,8 +135,7 @@ def _scored(
 
 def _confusion_table(found: Confusion) -> Table:
     """Rows: what is true; columns: what was predicted."""
-    table = Table(title="true (down) and predicted (across)", title_justify="left")
-    table.add_column()
+    table = Table("true \\ predicted")
     for name in found.labels:
         table.add_column(Text(name), justify="right")
     for name, counts in zip(found.labels, found.table, strict=True):
