@@ -29,6 +29,7 @@ app.add_typer(evaluate)
 for function in (demo.demo, pull.pull, tune.tune, check.check, chat.chat, quantize.quantize, doctor.doctor):
     app.command()(command(function))
 evaluate.command()(command(evaluation.perplexity))
+evaluate.command()(command(evaluation.classify))
 
 
 def _version(wanted: bool) -> None:
