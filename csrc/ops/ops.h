@@ -105,9 +105,9 @@ struct LowRank {
   const float* right = nullptr;
   int64_t rank = 0, depth_step = 0, column_step = 0;
 };
-// y [rows, n] = x [rows, k] W^T + bias + update, W [n, k]; bias may be null.
+// y [rows, n] = x [rows, k] W^T + bias + update, W [n, k]; bias may be null. `exact`: one row in float32 too.
 void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias,
-                 const LowRank& update, float* y, int threads);
+                 const LowRank& update, float* y, int threads, bool exact = false);
 // gx [rows, k] = gy [rows, n] W + update.
 void linear_4bit_backward(const Blocks4& w, const float* gy, int64_t rows, int64_t k, int64_t n, const LowRank& update,
                           float* gx, int threads);
