@@ -203,7 +203,10 @@ def test_int8_computes_llm_int8s_product_with_its_threshold():
     for threshold in (0.0, 4.0):
         layer = QuantizedLinear.from_linear(linear, "int8", threshold=threshold)
         q = formats.quantize(linear.weight.detach(), "int8")
-        expected = formats.rowwise.vectorwise_product(x.view(10, 64), q.codes.view(q.shape), q.absmax, threshold)
+        largest = formats.rowwise.largest_input(64)
+        expected = formats.rowwise.vectorwise_product(
+            x.view(10, 64), q.codes.view(q.shape), q.absmax, threshold, largest
+        )
         torch.testing.assert_close(layer(x), expected.view(2, 5, 128) + linear.bias)
     assert make_int8().threshold == 6.0
     assert QuantizedLinear.from_linear(linear).threshold == 0.0
