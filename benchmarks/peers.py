@@ -125,8 +125,8 @@ INFERENCE = {
     "bnb-nf4": Stack("bitsandbytes NF4, evaluation mode", load_bitsandbytes),
     "bnb-nf4-training": Stack("bitsandbytes NF4, training mode", load_bitsandbytes, training=True),
     "bnb-int8": Stack("bitsandbytes int8, evaluation mode", _int8),
-    "bnb-int8-0": Stack("bitsandbytes int8, threshold 0, evaluation mode", partial(_int8, threshold=0.0)),
-    "bnb-int8-bf16": Stack("bitsandbytes int8, bfloat16, evaluation mode", partial(_int8, dtype=torch.bfloat16)),
+    "bnb-int8-0": Stack("bitsandbytes int8, threshold 0", partial(_int8, threshold=0.0)),
+    "bnb-int8-bf16": Stack("bitsandbytes int8, bfloat16", partial(_int8, dtype=torch.bfloat16)),
     "bnb-int8-training": Stack("bitsandbytes int8, training mode", _int8, training=True),
     "transformers": Stack("transformers float32", load_dense),
 }
