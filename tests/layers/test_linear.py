@@ -260,4 +260,4 @@ def test_unrounded_takes_the_inputs_as_they_are_and_gives_the_threshold_back():
         torch.testing.assert_close(model[0](x), dense)
         raise KeyError
     assert model[0].threshold == 3.0
-    assert (model[0](x) - dense).abs().max() > 1e-4
+    assert (model[0](x) - dense).abs().max() > 1e-5  # a step of an input is 1 / 32767 of its row's greatest

@@ -125,5 +125,8 @@ def test_int8_product_is_theirs(threshold: float) -> None:
     assert torch.equal(whole, rowwise.integer_product(rows, codes))
     theirs = whole.double() * row_absmax.double()[:, None] * absmax.double() / 127**2
     theirs += x[:, beyond].double() @ functional.int8_vectorwise_dequant(codes, absmax).double()[:, beyond].T
-    ours = linear_int8(x, quantize(w, "int8"), None, threshold)
+    q = quantize(w, "int8")
+    ours = rowwise.vectorwise_product(x, q.codes.view(q.shape), q.absmax, threshold)
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
+    exact = x.double() @ dequantize(q, torch.float64).T  # x not rounded: our kernel's steps are far finer than 1 / 127
+    assert (linear_int8(x, q, None, threshold) - exact).norm() < (theirs - exact).norm() / 50
