@@ -13,7 +13,7 @@ from lilliput import registration
 from lilliput.errors import LilliputError
 
 if TYPE_CHECKING:
-    from lilliput.evaluation import perplexity
+    from lilliput.evaluation.perplexity import perplexity
     from lilliput.lora import (
         LoraConfig,
         add_adapter,
