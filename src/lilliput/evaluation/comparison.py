@@ -24,6 +24,7 @@ from lilliput.errors import UsageError
 from lilliput.evaluation.outliers import dense_weight, require_linears
 from lilliput.evaluation.perplexity import perplexity
 from lilliput.formats import rowwise
+from lilliput.formats.rowwise import rows_of
 from lilliput.progress import bar
 
 Rounding = Callable[[Tensor], Tensor]  # float32 [rows, columns] to the nearest numbers that int8 codes stand for
@@ -126,25 +127,40 @@ def compare_int8(
 
 @contextmanager
 def rounded(model: nn.Module, names: list[str], way: Way, threshold: float = 0.0) -> Iterator[None]:
-    """Inside the block the named layers answer as if they computed in int8, each with its weight rounded anew."""
-    hook = partial(_answer, way, threshold)
-    hooks = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name in names]
+    """Inside the block layers that round stand in place of the named linear ones, which are put back at its end."""
+    linears = {name: model.get_submodule(name) for name in names}
     try:
+        for name, linear in linears.items():
+            model.set_submodule(name, RoundedLinear(linear, way, threshold))
         yield
     finally:
-        for handle in hooks:
-            handle.remove()
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)
 
 
-def _answer(
-    way: Way, threshold: float, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
-) -> Tensor:
-    """The hook after a layer: what it would have answered in int8, in place of y [..., out]."""
-    x: Tensor = next(iter((*args, *kwargs.values())))
-    product = rounded_product(rowwise.rows_of(x).float(), dense_weight(module), way, threshold)
-    if module.bias is not None:
-        product += module.bias.float()
-    return product.to(y.dtype).view(y.shape)
+class RoundedLinear(nn.Module):
+    """Stands in for a linear layer and answers as if it computed in int8; the weight is rounded anew for each input."""
+
+    def __init__(self, linear: Any, way: Way, threshold: float) -> None:
+        super().__init__()
+        self.linear, self.way, self.threshold = linear, way, threshold
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own, for models that look at its type."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own."""
+        return self.linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] to [..., out] of the input's type."""
+        y = rounded_product(rows_of(input).float(), dense_weight(self.linear), self.way, self.threshold)
+        if self.bias is not None:
+            y += self.bias.float()
+        return y.to(input.dtype).view(*input.shape[:-1], y.shape[1])
 
 
 def rounded_product(x: Tensor, weight: Tensor, way: Way, threshold: float = 0.0) -> Tensor:

@@ -118,12 +118,13 @@ def _draw_curve(axes: Axes, report: OutlierReport, what: str, label: str) -> Non
     share = what == "float32_columns"
     for i, value in enumerate(values):
         said = f"{value:.2%}" if share else f"{value:.4f}"
-        axes.annotate(said, (i, value), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9)
+        beside = {"xytext": (-6, 5), "ha": "right"} if share else {"xytext": (4, 5), "ha": "left"}  # not on the line
+        axes.annotate(said, (i, value), textcoords="offset points", fontsize=9, **beside)
     axes.set_xticks(range(len(names)), names)
     axes.set(xlabel="threshold: columns with a larger number are in float32")
     axes.set_title(label, loc="left")
-    axes.margins(x=0.08, y=0.15)
-    axes.set_ylim(bottom=-0.03 if share else 0)
+    top = 1.15 * max(values) or 1.0
+    axes.set(xlim=(-0.9, len(names) - 0.1), ylim=(-0.03 * top, top))
     if share:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.2)
