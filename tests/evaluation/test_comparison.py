@@ -121,7 +121,7 @@ def not_blank(path) -> bool:
     picture = imread(path)[..., :3]
     assert min(picture.shape[:2]) > 400
     coloured = np.ptp(picture, axis=2) > 0.3
-    return bool(0.005 < coloured.mean() < 0.9 and (picture.max(axis=2) < 0.3).mean() > 0.002)
+    return bool(0.002 < coloured.mean() < 0.9 and (picture.max(axis=2) < 0.3).mean() > 0.002)
 
 
 def test_pictures_are_drawn(planted, tiny_tokenizer, compared, tmp_path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _WITHOUT, _WITH = "tab:orange", "tab:blue"  # the decomposition, in every picture
 _KINDS = 10  # colours of matplotlib's table: more kinds of layers than that share one
-_LOG_FROM = 5.0  # times: perplexities further apart are drawn on a logarithmic axis
+_LOG_FROM = 5.0  # times: numbers further apart are drawn on a logarithmic axis
 _BLOCK_LABELS = 32  # that fit along the width
 
 
@@ -80,8 +80,9 @@ def _draw_errors(axes: Axes, report: OutlierReport) -> None:
     axes.scatter(x, without, s=14, color=_WITHOUT, label="all columns in int8", zorder=2)
     said = f"outlier columns (> {report.threshold:g}) in float32"
     axes.scatter(x, with_it, s=14, color=_WITH, label=said, zorder=3)
-    if min(with_it) > 0:
-        axes.set_yscale("log")
+    axes.set_ylim(bottom=0)
+    if max(without) > _LOG_FROM * min(with_it) > 0:
+        axes.set(yscale="log", ylim=(0.8 * min(with_it), 1.25 * max(without)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axes.set(ylabel="relative error of the product", xlim=(-1, len(x)))
@@ -98,7 +99,7 @@ def _draw_features(axes: Axes, report: OutlierReport) -> None:
         at = [i for i, other in enumerate(kinds) if other == kind]
         axes.bar(at, [len(report.layers[i].outlier_features) for i in at], width=0.9, color=colour, label=kind)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(2.0, 1.5 * max(len(layer.outlier_features) for layer in report.layers)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set(ylabel="input columns")
     axes.set_title(f"Outlier features of each layer: columns with a number beyond {report.threshold:g}", loc="left")
@@ -126,7 +127,7 @@ def _draw_curve(axes: Axes, report: OutlierReport, what: str, label: str) -> Non
     top = 1.15 * max(values) or 1.0
     axes.set(xlim=(-0.9, len(names) - 0.1), ylim=(-0.03 * top, top))
     if share:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 2):g}%")
     axes.grid(alpha=0.2)
 
 
