@@ -39,7 +39,8 @@ def planted() -> Callable[[], LlamaForCausalLM]:
 
 @pytest.fixture(scope="session")
 def learned() -> LlamaForCausalLM:
-    """A Llama that has learned TEXT by heart, with planted features; leave it as it is."""
+    """A Llama that has learned TEXT by heart, with planted features and one large row in a weight of each block, so that
+    each way of rounding is clearly better than the one before; leave it as it is."""
     model, ids = make_tiny_llama().train(), torch.tensor(make_tiny_tokenizer()(TEXT)["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rows = ids[: len(ids) // 64 * 64].view(-1, 64)[:8]
@@ -47,4 +48,8 @@ def learned() -> LlamaForCausalLM:
         optimizer.zero_grad()
         model(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
-    return plant(model.eval())
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.up_proj.weight[3] *= 50
+            block.mlp.down_proj.weight[:, 3] /= 50
+    return plant(model.eval(), 100.0)

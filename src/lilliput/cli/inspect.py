@@ -93,10 +93,14 @@ def _write(found: Int8Comparison | OutlierReport, results: dict[str, Any], out: 
 def _people(found: Int8Comparison | OutlierReport, results: dict[str, Any], top: int) -> Group:
     from lilliput.evaluation import OutlierReport
 
+    tables: list[Table | Text]
     if isinstance(found, OutlierReport):
         tables = [_layers(found, top), _curve(found), _totals(found, results)]
     else:
-        tables = [_comparison(found, results)]
+        seen = (
+            f"{found.tokens:,} tokens of {results['text']} predicted by {results['model']}, {results['seconds']:.1f} s"
+        )
+        tables = [_comparison(found), Text(seen)]
     written = [Text(f"Written: {results['report']} and {results['plot']}")] if "report" in results else []
     return Group(*tables, *written)
 
@@ -148,12 +152,10 @@ def _totals(report: OutlierReport, results: dict[str, Any]) -> Table:
     return facts(f"Totals of {results['model']}", rows)
 
 
-def _comparison(found: Int8Comparison, results: dict[str, Any]) -> Table:
-    title = (
-        f"{results['model']} in int8, simulated: perplexity of {found.tokens:,} tokens of {results['text']} "
-        f"({results['seconds']:.1f} s)"
+def _comparison(found: Int8Comparison) -> Table:
+    table = _table(
+        "Perplexity in int8, simulated", "rounding", f"columns > {found.threshold:g}", "perplexity", "less float32"
     )
-    table = _table(title, "rounding", f"columns > {found.threshold:g}", "perplexity", "less float32")
     table.add_row("float32", "", f"{found.float32:,.3f}", "")
     for row in found.rows:
         columns = "in float32" if row.decomposition else "in int8"

@@ -119,8 +119,8 @@ def _draw_curve(axes: Axes, report: OutlierReport, what: str, label: str) -> Non
     share = what == "float32_columns"
     for i, value in enumerate(values):
         said = f"{value:.2%}" if share else f"{value:.4f}"
-        beside = {"xytext": (-6, 5), "ha": "right"} if share else {"xytext": (4, 5), "ha": "left"}  # not on the line
-        axes.annotate(said, (i, value), textcoords="offset points", fontsize=9, **beside)
+        beside, side = ((-6, 5), "right") if share else ((4, 5), "left")  # not on the line
+        axes.annotate(said, (i, value), textcoords="offset points", xytext=beside, ha=side, fontsize=9)
     axes.set_xticks(range(len(names)), names)
     axes.set(xlabel="threshold: columns with a larger number are in float32")
     axes.set_title(label, loc="left")
