@@ -39,8 +39,10 @@ def planted() -> Callable[[], LlamaForCausalLM]:
 
 @pytest.fixture(scope="session")
 def learned() -> LlamaForCausalLM:
-    """A Llama that has learned TEXT by heart, with planted features and one large row in a weight of each block, so that
-    each way of rounding is clearly better than the one before; leave it as it is."""
+    """A Llama that has learned TEXT by heart, with planted features and one large row in a weight of each block.
+
+    Each way of rounding is clearly better than the one before. Leave it as it is.
+    """
     model, ids = make_tiny_llama().train(), torch.tensor(make_tiny_tokenizer()(TEXT)["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rows = ids[: len(ids) // 64 * 64].view(-1, 64)[:8]

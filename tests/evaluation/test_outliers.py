@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lilliput.errors import DataError, FormatError, UsageError
 from lilliput.evaluation import find_outliers, watched
@@ -114,6 +115,14 @@ def test_conv1d_weights_are_read_the_right_way_round(tiny_tokenizer) -> None:
     sizes = {kind_of(layer.name): (layer.out_features, layer.in_features) for layer in report.layers}
     assert sizes["mlp.c_fc"] == (256, 64)
     assert all(layer.error < 0.03 for layer in report.layers)
+
+
+def test_models_that_continue_no_text_are_inspected_too(tiny_tokenizer) -> None:
+    sizes = {"vocab_size": 512, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    report = find_outliers(model, tiny_tokenizer, TEXT, context=32, segments=1, progress=False)
+    assert {layer.name.split(".")[0] for layer in report.layers} == {"encoder", "decoder"}
+    assert report.unreached == []
 
 
 def test_any_module_can_be_watched_and_is_left_as_it_was() -> None:
