@@ -1,11 +1,12 @@
 """Generating through transformers' `generate`: greedy, one sequence, a prompt of 16 tokens, 48 new ones.
 
-SmolLM2-135M in our NF4, in bitsandbytes NF4 (double quantization, float32 compute) and in float32, all in this process,
-in turn. Seconds are those of a whole call, the prompt included. On a processor with AVX512-BF16 bitsandbytes generates
-in bfloat16 whatever it was told; in training mode, which changes nothing else here, it keeps to float32. Both are
-measured.
+SmolLM2-135M in our NF4 and int8, in bitsandbytes' (NF4 with double quantization and float32 compute; int8) and in
+float32, all in this process, in turn. Seconds are those of a whole call, the prompt included. On a processor with
+AVX512-BF16 bitsandbytes generates in bfloat16 from NF4 whatever it was told; in training mode, which changes nothing
+else here, it keeps to float32. From int8 it multiplies inputs in int8 in evaluation mode, and dequantizes in training
+mode. Both modes are measured.
 
-    python benchmarks/decode.py [--prompt 16] [--new 48] [--rounds 5]
+    python benchmarks/decode.py [--prompt 16] [--new 48] [--rounds 5] [--stacks lilliput-int8 ...]
 """
 
 from __future__ import annotations
@@ -18,28 +19,20 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from common import Report, Side, compare, main, not_installed
-from lilliput.models import load_model
-from peers import MODEL, dense_checkpoint, load_bitsandbytes, load_dense
-
-OURS = "Lilliput, NF4"
+from common import Report, Side, compare, main
+from peers import add_stacks, dense_checkpoint, inference_models, our_names
 
 
 def run(arguments: argparse.Namespace) -> Report:
     """All stacks in turn."""
     with tempfile.TemporaryDirectory(prefix="lilliput-") as folder:
-        checkpoint = dense_checkpoint(folder)
-        lacking = not_installed("bitsandbytes")
-        models: dict[str, PreTrainedModel | str] = {
-            OURS: load_model(MODEL, format="nf4", progress=False),
-            "bitsandbytes NF4, evaluation mode": lacking or load_bitsandbytes(checkpoint).eval(),
-            "bitsandbytes NF4, training mode": lacking or load_bitsandbytes(checkpoint).train(),
-            "transformers float32": load_dense(checkpoint).eval(),
-        }
+        models = inference_models(arguments.stacks, dense_checkpoint(folder))
         ids = torch.randint(100, 40_000, (1, arguments.prompt), generator=torch.Generator().manual_seed(0))
-        sides = {who: m if isinstance(m, str) else generating(m, ids, arguments.new) for who, m in models.items()}
+        sides: dict[str, Side | str] = {}
+        for who, model in models.items():
+            sides[who] = model if isinstance(model, str) else generating(model, ids, arguments.new)
         rows = compare(f"{arguments.prompt} + {arguments.new} tokens", sides, arguments.rounds)
-    return Report(rows, {"seconds": "less", "tokens/s": ""}, ours=(OURS,))
+    return Report(rows, {"seconds": "less", "tokens/s": ""}, ours=our_names(arguments.stacks))
 
 
 def generating(model: PreTrainedModel, ids: torch.Tensor, new: int) -> Side:
@@ -63,6 +56,7 @@ def generating(model: PreTrainedModel, ids: torch.Tensor, new: int) -> Side:
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=16, help="tokens")
     parser.add_argument("--new", type=int, default=48, help="tokens")
+    add_stacks(parser)
 
 
 if __name__ == "__main__":

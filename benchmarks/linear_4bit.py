@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from itertools import cycle
 
@@ -31,29 +31,51 @@ from peers import bitsandbytes_linear
 SHAPES = ("576x576", "576x192", "576x1536", "1536x576", "4096x4096")  # in x out
 ROWS = (1, 4, 16, 256, 1024)
 FEW = 16  # rows; up to here memory is the limit
+NOTE = f"share: of the limit in the same round. Up to {FEW} rows that is reading, with more a float32 product."
+BETTER = {"ms": "less", "GFLOP/s": "", "GB/s": "", "share": ""}
 MOST_COPIES = 2048
 TORCH, LIMIT = "torch float32", "(the limit)"
-BITSANDBYTES = {"bitsandbytes": False, "bitsandbytes, evaluation mode": True}
+EVALUATED = "bitsandbytes, evaluation mode"
+BITSANDBYTES = {"bitsandbytes": False, EVALUATED: True}
 REFERENCE = "Lilliput's reference"
+
+
+Layers = dict[str, nn.Module | str]
 
 
 def run(arguments: argparse.Namespace) -> Report:
     """All shapes and rows, forward and gradient."""
+    return Report(over(arguments, make_layers, torch.randn, forward_only={EVALUATED}), BETTER, notes=[NOTE])
+
+
+def over(
+    arguments: argparse.Namespace,
+    make: Callable[[int, int], Layers],
+    inputs: Callable[[int, int], Tensor],
+    *,
+    forward_only: Collection[str],
+) -> list[Row]:
+    """The rows of all shapes and counts of rows.
+
+    Args:
+        make: the same weight [out, in] in each stack's layer, from (in, out); the first is ours.
+        inputs: x [rows, in], from (rows, in).
+        forward_only: the stacks whose gradient is not measured.
+    """
     rows: list[Row] = []
     for shape in arguments.shapes:
         columns, out = map(int, shape.split("x"))
-        layers = make_layers(columns, out)
+        layers = make(columns, out)
         for count in arguments.rows:
             ring = arguments.ring * 10**6 if count <= FEW else 0
-            for what, sides in works(layers, count, ring, arguments.seconds):
+            for what, sides in works(layers, inputs(count, columns), ring, arguments.seconds, forward_only):
                 limit = reading(arguments.seconds) if count <= FEW else product(2048, arguments.seconds)
                 found = compare(f"{what}, {count} x {columns} x {out}", {LIMIT: limit, **sides}, arguments.rounds)
                 rows += with_shares(found)
-    notes = [f"share: of the limit in the same round. Up to {FEW} rows that is reading, with more a float32 product."]
-    return Report(rows, {"ms": "less", "GFLOP/s": "", "GB/s": "", "share": ""}, notes=notes)
+    return rows
 
 
-def make_layers(columns: int, out: int) -> dict[str, nn.Module | str]:
+def make_layers(columns: int, out: int) -> Layers:
     """The same weight in each stack's layer; a text where the stack is not installed."""
     dense = nn.Linear(columns, out, bias=False).requires_grad_(False)
     lacking = not_installed("bitsandbytes")
@@ -62,13 +84,13 @@ def make_layers(columns: int, out: int) -> dict[str, nn.Module | str]:
 
 
 def works(
-    layers: dict[str, nn.Module | str], count: int, ring: int, seconds: float
+    layers: Layers, x: Tensor, ring: int, seconds: float, forward_only: Collection[str]
 ) -> Iterator[tuple[str, dict[str, Side | str]]]:
-    """The pieces of work with `count` rows, each with its sides."""
-    ours = layers[OURS]
+    """The pieces of work on x [rows, in], each with its sides; the first layer is ours."""
+    ours = next(iter(layers.values()))
     assert isinstance(ours, QuantizedLinear)
-    out, columns = ours.out_features, ours.in_features
-    x, flops = torch.randn(count, columns), 2.0 * count * columns * out
+    (count, columns), out = x.shape, ours.out_features
+    flops = 2.0 * count * columns * out
 
     def side(name: str, call: Callable[[], object]) -> Side:
         stored = columns * out * 4 if name == TORCH else ours.quantized.nbytes
@@ -82,7 +104,7 @@ def works(
     sides[REFERENCE] = side(REFERENCE, by_reference(forward([ours], x)))
     yield "forward", sides
     if count > FEW:
-        trained = {name: layer for name, layer in layers.items() if name != "bitsandbytes, evaluation mode"}
+        trained = {name: layer for name, layer in layers.items() if name not in forward_only}
         yield (
             "gradient",
             {n: layer if isinstance(layer, str) else side(n, gradient(layer, x)) for n, layer in trained.items()},

@@ -2,7 +2,9 @@
 
 r 16 on all seven linear layers of SmolLM2-135M, 4 rows of 256 tokens, every token a label, AdamW. Each stack runs in a
 process of its own; a round's figure is the median of its steps, the first left out.
-Peers: PEFT on a float32 base and on bitsandbytes NF4 (double quantization, float32 compute).
+Peers: PEFT on a float32 base, on bitsandbytes NF4 (double quantization, float32 compute) and on bitsandbytes int8 (in
+float32, far quicker than float16 and bfloat16 where those are slow; in training mode its layers dequantize their
+weights, and round no inputs; ours round them, with the threshold of 6).
 
     python benchmarks/training_step.py [--rounds 3] [--steps 3] [--stacks lilliput ...]
 """
@@ -28,22 +30,26 @@ from lilliput.lora import LoraConfig, add_adapter
 from lilliput.models import load_model
 from lilliput.training.fused import fused
 from lilliput.training.trainer import LabelLoss, batch_of
-from peers import LORA, MODEL, dense_checkpoint, load_bitsandbytes, load_dense
+from peers import LORA, MODEL, dense_checkpoint, load_bitsandbytes, load_bitsandbytes_int8, load_dense
 
 ROWS, TOKENS = 4, 256
 STACKS = {
     "lilliput": "Lilliput, NF4",
     "lilliput-plain": "Lilliput, NF4, norms and activations unfused",
+    "lilliput-int8": "Lilliput, int8",
     "lilliput-fp32": "Lilliput, float32 base",
     "peft-bitsandbytes": "PEFT on bitsandbytes NF4",
+    "peft-bnb-int8": "PEFT on bitsandbytes int8",
     "peft-fp32": "PEFT on a float32 base",
 }
-NEEDS = {"peft-bitsandbytes": ("peft", "bitsandbytes"), "peft-fp32": ("peft",)}
+FORMATS = {"lilliput-int8": "int8", "lilliput-fp32": "none"}  # of our base; else NF4
+BASES = {"peft-bitsandbytes": load_bitsandbytes, "peft-bnb-int8": load_bitsandbytes_int8, "peft-fp32": load_dense}
+NEEDS = dict.fromkeys(("peft-bitsandbytes", "peft-bnb-int8"), ("peft", "bitsandbytes")) | {"peft-fp32": ("peft",)}
 
 
 def ours(stack: str, ids: Tensor) -> tuple[PreTrainedModel, Callable[[], Tensor]]:
     """Our model and its loss, as `tune` trains it."""
-    model = load_model(MODEL, format="none" if stack.endswith("fp32") else "nf4", progress=False)
+    model = load_model(MODEL, format=FORMATS.get(stack, "nf4"), progress=False)
     add_adapter(model, LoraConfig(**LORA))
     loss = LabelLoss(model)
     packs = [Pack(row, [True] * TOKENS, list(range(TOKENS)), [0] * TOKENS) for row in ids.tolist()]
@@ -54,8 +60,7 @@ def theirs(stack: str, ids: Tensor, checkpoint: str) -> tuple[PreTrainedModel, C
     """PEFT's model and transformers' own loss."""
     import peft
 
-    base = load_dense(checkpoint) if stack.endswith("fp32") else load_bitsandbytes(checkpoint)
-    model = peft.get_peft_model(base, peft.LoraConfig(**LORA))
+    model = peft.get_peft_model(BASES[stack](checkpoint), peft.LoraConfig(**LORA))
     return model, lambda: model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
 
 
@@ -69,7 +74,7 @@ def child(stack: str, steps: int, checkpoint: str) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     loaded = memory()[0]
     seconds, losses = [], []
-    with fused(model) if stack in ("lilliput", "lilliput-fp32") else nullcontext():
+    with fused(model) if stack.startswith("lilliput") and stack != "lilliput-plain" else nullcontext():
         for _ in range(steps + 1):
             start = time.perf_counter()
             loss = loss_of()

@@ -100,7 +100,7 @@ LowRank low_rank(const Maybe<const float>& left, const Maybe<const float>& right
 void py_linear_4bit(const Flat<const float>& x, const Flat<const uint8_t>& codes, const Flat<const float>& codebook,
                     int64_t block, const Any& absmax, const Maybe<const float>& book, const Maybe<const float>& scale,
                     const Maybe<const float>& offset, const Maybe<const float>& bias, const Maybe<const float>& left,
-                    const Maybe<const float>& right, Flat<float> y, int threads) {
+                    const Maybe<const float>& right, Flat<float> y, int threads, bool exact) {
   need(x.ndim() == 2 && y.ndim() == 2 && x.shape(0) == y.shape(0), "x and y must be matrices of as many rows");
   const auto rows = static_cast<int64_t>(x.shape(0)), k = static_cast<int64_t>(x.shape(1));
   const auto n = static_cast<int64_t>(y.shape(1));
@@ -108,7 +108,7 @@ void py_linear_4bit(const Flat<const float>& x, const Flat<const uint8_t>& codes
   need(!bias || size(*bias) == n, "bias: wrong size");
   const LowRank update = low_rank(left, right, rows, n, false);
   nb::gil_scoped_release released;
-  linear_4bit(w, x.data(), rows, k, n, bias ? bias->data() : nullptr, update, y.data(), threads);
+  linear_4bit(w, x.data(), rows, k, n, bias ? bias->data() : nullptr, update, y.data(), threads, exact);
 }
 
 void py_linear_4bit_backward(const Flat<const float>& gy, const Flat<const uint8_t>& codes,
@@ -240,7 +240,8 @@ NB_MODULE(_core, m) {
   m.def("dequantize_4bit", &py_dequantize_4bit, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
         nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("linear_4bit", &py_linear_4bit, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
-        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
+        nb::arg());
   m.def("linear_4bit_backward", &py_linear_4bit_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("quantize_int8", &py_quantize_int8);

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.classifiers import save_encoder
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network; hub code paths are tested on a local cache
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -105,3 +107,9 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pre
     make_tiny_llama().save_pretrained(directory)
     tiny_tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with a tiny BERT and its WordPiece tokenizer; do not write into it."""
+    return save_encoder(tmp_path_factory.mktemp("tiny-bert"))

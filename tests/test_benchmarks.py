@@ -8,12 +8,18 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from lilliput.layers import QuantizedLinear, unrounded
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -201,3 +207,108 @@ def test_shares_are_of_the_limit_in_the_same_round() -> None:
     _, found = linear.with_shares([limit, ours])
     assert found.samples["share"] == [0.5, 0.25]
     assert common.ratios(common.Report([limit, ours], {"ms": "less"}), limit, "Lilliput") == {}
+
+
+# ---- trials at tiny sizes ----
+
+
+def test_a_trial_of_linear_int8_has_all_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    common, linear, limits = load("common"), load("linear_int8"), load("limits")
+    monkeypatch.setattr(load("linear_4bit"), "product", lambda _, seconds: limits.product(64, seconds))
+    monkeypatch.setattr(limits, "BIG", 1024)
+    made = linear.run(Namespace(shapes=["32x16"], rows=[1, 20], outliers=2, ring=0, seconds=0.001, rounds=1))
+    found = {row.what: {r.who for r in made.rows if r.what == row.what} for row in made.rows}
+    stacks = {*linear.THRESHOLDS, *linear.BITSANDBYTES, linear.TORCH, "(the limit)"}
+    assert found["forward, 1 x 32 x 16"] == found["forward, 20 x 32 x 16"] == stacks | {"Lilliput's reference"}
+    assert found["gradient, 20 x 32 x 16"] == stacks - linear.FORWARD_ONLY
+    assert "gradient, 1 x 32 x 16" not in found
+    dense = next(row for row in made.rows if row.who == linear.TORCH and row.what.startswith("gradient"))
+    assert set(dense.samples) == {"ms", "GFLOP/s", "share"}
+    assert set(common.ratios(made, dense, "Lilliput")) == {"ms"}
+
+
+def test_inputs_of_linear_int8_have_as_many_outlier_columns_as_asked_for() -> None:
+    linear = load("linear_int8")
+    for outliers in (0, 3):
+        beyond = linear.normal_but(outliers, 50, 40).abs() > linear.THRESHOLD
+        assert beyond.any(dim=0).sum() == beyond.all(dim=0).sum() == outliers
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_bitsandbytes_int8_layer_does_the_same_work(threshold: float) -> None:
+    """In evaluation mode the very same product; in training mode x is not rounded. All numbers are float16's, to which
+    theirs rounds."""
+    pytest.importorskip("bitsandbytes")
+    peers, linear = load("peers"), load("linear_int8")
+    dense = nn.Linear(64, 48, bias=False).half().float()
+    x = linear.normal_but(2, 10, 64).half().float()
+    evaluated, trained = (peers.bitsandbytes_int8_linear(dense.weight, threshold, inference=i) for i in (True, False))
+    assert evaluated.weight.dtype == trained.weight.dtype == torch.int8  # quantized when made, not at each call
+    ours = QuantizedLinear.from_linear(dense, "int8", threshold=threshold)
+    with torch.no_grad():
+        torch.testing.assert_close(evaluated(x), ours(x), rtol=1e-4, atol=1e-3)
+        with unrounded(ours):
+            torch.testing.assert_close(trained(x), ours(x), rtol=1e-4, atol=1e-4)
+        assert (trained(x) - ours(x)).abs().max() > 1e-3
+
+
+def test_a_trial_of_quantize_has_nf4_and_int8_in_both_types() -> None:
+    made = load("quantize").run(Namespace(size=16, seconds=0.001, rounds=1))
+    names = ("NF4", "NF4, double quantization", "int8")
+    expected = {
+        f"{way} {dtype}, {name}"
+        for way in ("quantize", "dequantize")
+        for dtype in ("float32", "bfloat16")
+        for name in names
+    }
+    assert {row.what for row in made.rows} == expected
+    assert {row.who for row in made.rows} == {"Lilliput", "bitsandbytes", "Lilliput's reference"}
+    assert all(row.missing or row.samples["ms"] for row in made.rows)
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_trials_with_a_tiny_model(
+    name: str, monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable[..., LlamaForCausalLM]
+) -> None:
+    module, peers = load(name), load("peers")
+    loads = {key: tiny_llama(vocab_size=40_000) for key in ("lilliput-int8", "bnb-int8-training")}
+    for key, model in loads.items():
+        stack = peers.INFERENCE[key]
+        changed = peers.Stack(stack.name, lambda _, model=model: model, stack.training, stack.ours)
+        monkeypatch.setitem(peers.INFERENCE, key, changed)
+    monkeypatch.setattr(module, "dense_checkpoint", str)
+    monkeypatch.setattr(peers, "not_installed", lambda *_: "")
+    made = module.run(Namespace(stacks=list(loads), prompt=5, new=2, tokens=7, rounds=2))
+    assert [row.who for row in made.rows] == ["Lilliput, int8", "bitsandbytes int8, training mode"]
+    assert made.ours == ("Lilliput, int8",)
+    for row in made.rows:
+        count = {"decode": 2, "prefill": 7}[name]
+        rates = zip(row.samples["seconds"], row.samples["tokens/s"], strict=True)
+        assert [seconds * rate for seconds, rate in rates] == pytest.approx([count] * 2)
+    assert [model.training for model in loads.values()] == [False, True]
+
+
+def test_a_stack_that_is_not_installed_is_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = load("peers")
+    monkeypatch.setattr(peers, "not_installed", lambda *_: "not installed: bitsandbytes")
+    models = peers.inference_models(["bnb-int8", "bnb-nf4"], "nowhere")
+    assert set(models.values()) == {"not installed: bitsandbytes"}
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill", "training_step"])
+def test_stacks_can_be_chosen_and_an_unknown_one_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    load(name).options(parser)
+    chosen = {"training_step": ["lilliput-int8", "peft-bnb-int8"]}.get(name, ["lilliput-int8", "bnb-int8"])
+    assert parser.parse_args(["--stacks", *chosen]).stacks == chosen
+    assert set(chosen) < set(parser.parse_args([]).stacks)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--stacks", "int9"])
+    assert "invalid choice: 'int9'" in capsys.readouterr().err
+
+
+def test_each_stack_of_a_training_step_has_a_base_and_says_what_it_needs() -> None:
+    step = load("training_step")
+    peers = {name for name in step.STACKS if not name.startswith("lilliput")}
+    assert set(step.BASES) == set(step.NEEDS) == peers
+    assert set(step.FORMATS) < set(step.STACKS) - peers

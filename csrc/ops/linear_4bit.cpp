@@ -7,10 +7,10 @@ namespace lilliput {
 namespace {
 
 void few_rows(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias, float* y,
-              int threads) {
+              int threads, bool exact) {
   const Kernels& kernel = kernels();
   const Buffer reordered = buffer(rows * k + few_rows_more);
-  if (rows == 1 && kernel.fix_row != nullptr) {
+  if (rows == 1 && !exact && kernel.fix_row != nullptr) {
     auto* fixed = reinterpret_cast<int16_t*>(reordered.get());
     float* scales = reordered.get() + k / 2 + 1;
     if (kernel.fix_row(w, x, k, fixed, scales)) {
@@ -29,7 +29,7 @@ void few_rows(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t
 }  // namespace
 
 void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias,
-                 const LowRank& update, float* y, int threads) {
+                 const LowRank& update, float* y, int threads, bool exact) {
   if (rows == 0 || n == 0) return;
   if (rows > few_rows_limit && k > 0) {
     const auto pack = [&](int64_t column, int64_t count, int64_t d, int64_t deep, float* panels) {
@@ -39,7 +39,7 @@ void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int6
     return;
   }
   if (rows <= few_rows_limit) {
-    few_rows(w, x, rows, k, n, bias, y, threads);
+    few_rows(w, x, rows, k, n, bias, y, threads, exact);
   } else {
     for (int64_t i = 0; i < rows * n; ++i) y[i] = bias != nullptr ? bias[i % n] : 0.0f;
   }

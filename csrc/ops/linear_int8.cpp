@@ -53,6 +53,7 @@ class RoundedPanels {
   RoundedPanels(const Kernels& kernel, const float* x, int64_t rows, int64_t k, const Outliers& outliers, int threads)
       : kernel_(kernel), rows_(rows), k_(k), pairs_((k + 1) / 2), step_(part_of(pairs_, max_depth, 32)) {
     const int64_t tile = kernel.tile.rows;
+    const auto largest = static_cast<float>(largest_input(k));
     padded_ = round_up(rows, tile);
     panels_.resize(static_cast<size_t>(padded_ * pairs_));
     scales_.resize(static_cast<size_t>(rows));
@@ -62,8 +63,8 @@ class RoundedPanels {
       for (int64_t r = 0; r < tile; ++r) {
         const int64_t row = panel * tile + r;
         if (row < rows)
-          scales_[static_cast<size_t>(row)] =
-              kernel.round_row(x + row * k, k, outliers.kept(), 2 * pairs_, reinterpret_cast<int16_t*>(codes.data()));
+          scales_[static_cast<size_t>(row)] = kernel.round_row(x + row * k, k, outliers.kept(), largest, 2 * pairs_,
+                                                               reinterpret_cast<int16_t*>(codes.data()));
         else
           std::fill_n(codes.begin(), pairs_, 0);
         for (int64_t d = 0; d < pairs_; d += step_) {
@@ -127,11 +128,12 @@ void few_rows(const Rows8& w, const float* x, int64_t rows, int64_t k, int64_t n
               const Outliers& outliers, float* y, int threads) {
   const Kernels& kernel = kernels();
   const int64_t stride = round_up(k, 2);
+  const auto largest = static_cast<float>(largest_input(k));
   std::vector<int16_t> codes(static_cast<size_t>(rows * stride));
   std::vector<float> row_scales(static_cast<size_t>(rows));
   for (int64_t row = 0; row < rows; ++row)
     row_scales[static_cast<size_t>(row)] =
-        kernel.round_row(x + row * k, k, outliers.kept(), stride, codes.data() + row * stride);
+        kernel.round_row(x + row * k, k, outliers.kept(), largest, stride, codes.data() + row * stride);
   const std::vector<float> large = outliers.of(x, rows, k);
   auto* sums = reinterpret_cast<int32_t*>(y);
   rows_of_w(rows, k, n, threads, [&](int64_t first, int64_t last, float*) {
@@ -149,6 +151,11 @@ void few_rows(const Rows8& w, const float* x, int64_t rows, int64_t k, int64_t n
 }
 
 }  // namespace
+
+int32_t largest_input(int64_t k) {
+  const int64_t fits = INT32_MAX / (127 * std::max<int64_t>(k, 1));
+  return static_cast<int32_t>(std::clamp<int64_t>(fits, 127, INT16_MAX));
+}
 
 int64_t quantize_int8(Reals x, int64_t rows, int64_t columns, int8_t* codes, float* absmax, int threads) {
   std::atomic<int64_t> bad{rows};

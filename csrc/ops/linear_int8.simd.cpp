@@ -10,13 +10,13 @@ namespace lilliput {
 namespace LILLIPUT_ISA {
 
 constexpr float kLargest = 127.0f;
-constexpr float kSmallestAbsmax = 1e-36f;      // 127 / absmax is no float below it: such a row has codes of zero
+constexpr float kSmallestStep = 1e-38f;        // of a row's largest code: its inverse is no float below it
 constexpr int32_t kInfinityBits = 0x7f800000;  // as integers, |NaN| and Inf are at least this, finite numbers below
 constexpr int64_t kRun = 1024;                 // numbers of a row at a time, on the stack
 
-// 127 / absmax in two roundings, as torch divides a number by a tensor, and so bitsandbytes.
-LILLIPUT_INLINE float factor_of(float absmax) {
-  return absmax >= kSmallestAbsmax ? 1.0f / absmax * kLargest : 0.0f;
+// largest / absmax in two roundings, as torch divides a number by a tensor, and so bitsandbytes.
+LILLIPUT_INLINE float factor_of(float absmax, float largest) {
+  return absmax >= largest * kSmallestStep ? 1.0f / absmax * largest : 0.0f;
 }
 
 LILLIPUT_INLINE I magnitude_bits(F x) {
@@ -56,7 +56,7 @@ static int64_t quantize_rows(Reals x, int64_t columns, int64_t first, int64_t la
     const int32_t most_bits = reduce_max(most);
     if (most_bits >= kInfinityBits) return row;
     absmax[row] = from_bits((uint32_t)most_bits);
-    const F factor = set1(factor_of(absmax[row]));
+    const F factor = set1(factor_of(absmax[row], kLargest));
     runs_of(x, row, columns, [&](const float* run, int64_t count, int64_t column) {
       for (int64_t i = 0; i < count; i += kWidth)
         store_codes(codes + row * columns + column + i, to_integers(mul(load(run + i), factor)), count - i);
@@ -104,9 +104,11 @@ static void clear_outliers(const float* x, int64_t rows, int64_t columns, float 
   }
 }
 
-// One row of x as 16-bit codes, those of the columns that are not kept 0, and its absmax / 127: NaN where the row holds
-// NaN or Inf, and then its codes are 0. `codes` has room for `padded` >= columns, an even number; keep may be null.
-static float round_row(const float* x, int64_t columns, const int32_t* keep, int64_t padded, int16_t* codes) {
+// One row of x as codes up to `largest`, those of the columns that are not kept 0, and its absmax / largest: NaN where
+// the row holds NaN or Inf, and then its codes are 0. `codes` has room for `padded` >= columns, an even number; keep
+// may be null.
+static float round_row(const float* x, int64_t columns, const int32_t* keep, float largest, int64_t padded,
+                       int16_t* codes) {
   const int64_t whole = columns / kWidth * kWidth;
   I most = iset1(0), most_kept = most;
   const auto look = [&](F numbers, I kept) {
@@ -120,7 +122,7 @@ static float round_row(const float* x, int64_t columns, const int32_t* keep, int
     rest[k - whole] = x[k], rest_kept[k - whole] = keep != nullptr ? keep[k] : -1;
   look(load(rest), load_mask(rest_kept));
   const bool finite = reduce_max(most) < kInfinityBits;
-  const float absmax = from_bits((uint32_t)reduce_max(most_kept)), factor = finite ? factor_of(absmax) : 0.0f;
+  const float absmax = from_bits((uint32_t)reduce_max(most_kept)), factor = finite ? factor_of(absmax, largest) : 0.0f;
   if (!finite) {
     memset(codes, 0, (size_t)padded * sizeof(int16_t));
     return NAN;
@@ -134,7 +136,7 @@ static float round_row(const float* x, int64_t columns, const int32_t* keep, int
   int16_t last[kWidth];
   store_shorts(last, code(load(rest), load_mask(rest_kept)));
   for (; k < padded; ++k) codes[k] = k < columns ? last[k - whole] : (int16_t)0;
-  return absmax / kLargest;
+  return absmax / largest;
 }
 
 // ---- panels of W ----

@@ -1,6 +1,7 @@
-// Products of 16-bit codes summed in 32 bits, in one thread: exact, since |code| <= 127 and a row has fewer than 2^17
-// numbers. 16 bits and not 8: AVX2's product of bytes saturates its 16-bit sums, and half of the additions would be
-// needed again to bring them to 32. Compiled once more than the other kernels, for AVX-512's VNNI.
+// Products of x's codes of 16 bits and W's of 8, summed in 32 bits, in one thread: exact, since x's codes are as large
+// as such sums allow (largest_input). 16 bits and not 8: AVX2's product of bytes saturates its 16-bit sums, and half of
+// the additions would be needed again to bring them to 32. Compiled once more than the other kernels, for AVX-512's
+// VNNI.
 #include "ops/kernels_of_isa.h"
 #include "ops/tiles.simd.h"
 

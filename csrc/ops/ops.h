@@ -53,8 +53,10 @@ struct Kernels {
   // last.
   void (*clear_outliers)(const float* x, int64_t rows, int64_t columns, float threshold, int64_t first, int64_t last,
                          int32_t* keep);
-  // A row of x as codes of 16 bits, 0 where keep (or null) is 0 and behind the last column; returns its absmax / 127.
-  float (*round_row)(const float* x, int64_t columns, const int32_t* keep, int64_t padded, int16_t* codes);
+  // A row of x as codes up to `largest`, 0 where keep (or null) is 0 and behind the last column; returns its absmax /
+  // largest.
+  float (*round_row)(const float* x, int64_t columns, const int32_t* keep, float largest, int64_t padded,
+                     int16_t* codes);
   // As pack_forward and pack_backward; the former of pairs of 16-bit codes, k an even number.
   void (*pack_pairs)(const Rows8& w, int64_t n, int64_t n_count, int64_t k, int64_t k_count, int32_t* panels);
   void (*pack_backward_int8)(const Rows8& w, int64_t k, int64_t k_count, int64_t n, int64_t n_count, float* panels);
@@ -105,17 +107,20 @@ struct LowRank {
   const float* right = nullptr;
   int64_t rank = 0, depth_step = 0, column_step = 0;
 };
-// y [rows, n] = x [rows, k] W^T + bias + update, W [n, k]; bias may be null.
+// y [rows, n] = x [rows, k] W^T + bias + update, W [n, k]; bias may be null. `exact`: one row in float32 too.
 void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias,
-                 const LowRank& update, float* y, int threads);
+                 const LowRank& update, float* y, int threads, bool exact = false);
 // gx [rows, k] = gy [rows, n] W + update.
 void linear_4bit_backward(const Blocks4& w, const float* gy, int64_t rows, int64_t k, int64_t n, const LowRank& update,
                           float* gx, int threads);
 // Codes int8 [rows, columns] and absmax [rows] of x; returns the first row with NaN or Inf, or -1.
 int64_t quantize_int8(Reals x, int64_t rows, int64_t columns, int8_t* codes, float* absmax, int threads);
 void dequantize_int8(const Rows8& w, int64_t rows, Reals out, int threads);
-// y [rows, n] = x [rows, k] W^T + bias + update, W [n, k] in int8: x is rounded to int8 by rows, but for its columns
-// with a number beyond the threshold (0: none), which are multiplied in float32.
+// The largest code for numbers of x, of which a row has k: columns * 127 * this is below 2^31, so that no sum
+// overflows.
+int32_t largest_input(int64_t k);
+// y [rows, n] = x [rows, k] W^T + bias + update, W [n, k] in int8: x is rounded to whole numbers by rows, but for its
+// columns with a number beyond the threshold (0: none), which are multiplied in float32.
 void linear_int8(const Rows8& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias, float threshold,
                  const LowRank& update, float* y, int threads);
 // gx [rows, k] = gy [rows, n] W + update, in float32.

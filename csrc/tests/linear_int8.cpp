@@ -41,15 +41,15 @@ std::vector<bool> outliers_of(const std::vector<float>& x, int64_t rows, int64_t
   return large;
 }
 
-Rounded round(const float* x, int64_t columns, const std::vector<bool>& large) {
+Rounded round(const float* x, int64_t columns, const std::vector<bool>& large, float largest) {
   float most = 0;
   bool finite = true;
   for (int64_t k = 0; k < columns; ++k) {
     finite = finite && std::isfinite(x[k]);
     if (!large[static_cast<size_t>(k)]) most = std::max(most, std::fabs(x[k]));
   }
-  Rounded row{std::vector<int>(static_cast<size_t>(columns), 0), finite ? most / 127.0f : NAN};
-  const float factor = most >= 1e-36f ? 1.0f / most * 127.0f : 0.0f;
+  Rounded row{std::vector<int>(static_cast<size_t>(columns), 0), finite ? most / largest : NAN};
+  const float factor = most >= largest * 1e-38f ? 1.0f / most * largest : 0.0f;
   for (int64_t k = 0; finite && k < columns; ++k)
     if (!large[static_cast<size_t>(k)])
       row.codes[static_cast<size_t>(k)] = static_cast<int>(std::nearbyint(x[k] * factor));
@@ -71,7 +71,7 @@ void check_forward(const Matrix& w, const std::vector<float>& x, int64_t rows, f
   const LowRank update{left.data(), right.data(), rank, 1, rank};
   linear_int8(w.view(), x.data(), rows, w.columns, w.rows, bias.data(), threshold, update, y.data(), threads);
   for (int64_t m = 0; m < rows; ++m) {
-    const Rounded row = round(x.data() + m * w.columns, w.columns, large);
+    const Rounded row = round(x.data() + m * w.columns, w.columns, large, static_cast<float>(largest_input(w.columns)));
     for (int64_t n = 0; n < w.rows; ++n) {
       int64_t whole = 0;
       double more = 0, magnitude = 0;
@@ -139,19 +139,14 @@ TEST(int8_products_of_nasty_rows) {
 }
 
 TEST(no_sum_saturates) {
-  for (int64_t columns : {64, 33, 4096}) {
+  for (int64_t columns : {64, 33, 516, 517, 4096, 131071}) {
     Matrix w(33, columns);
     for (int8_t& code : w.codes) code = 127;
     for (int64_t i = 0; i < columns; ++i) w.codes[static_cast<size_t>(columns + i)] = -127;  // row 1
-    std::fill(w.absmax.begin(), w.absmax.end(), 127.0f);
+    CHECK(largest_input(columns) >= 127 && columns * 127 * int64_t{largest_input(columns)} < int64_t{1} << 31);
     for (float sign : {1.0f, -1.0f})
-      for (int64_t rows : {1, 8, 30}) {
-        const std::vector<float> x(static_cast<size_t>(rows * columns), 127.0f * sign);
-        std::vector<float> y(static_cast<size_t>(rows * 33));
-        linear_int8(w.view(), x.data(), rows, columns, 33, nullptr, 0.0f, {}, y.data(), 2);
-        for (int64_t i = 0; i < rows * 33; ++i)
-          CHECK(y[static_cast<size_t>(i)] == sign * (i % 33 == 1 ? -1 : 1) * static_cast<float>(127 * 127 * columns));
-      }
+      for (int64_t rows : {1, 8, 30})  // every code of x the largest there is
+        check_forward(w, std::vector<float>(static_cast<size_t>(rows * columns), 3.0f * sign), rows, 0.0f, 2);
   }
 }
 
@@ -210,7 +205,8 @@ TEST(int8_codes_and_values_equal_the_definition) {
       CHECK(quantize_int8({x.data(), Real::f32}, rows, columns, codes.data(), absmax.data(), 2) == -1);
       dequantize_int8({codes.data(), absmax.data(), columns}, rows, {values.data(), Real::f32}, 2);
       for (int64_t row = 0; row < rows; ++row) {
-        const Rounded want = round(x.data() + row * columns, columns, std::vector<bool>(static_cast<size_t>(columns)));
+        const Rounded want =
+            round(x.data() + row * columns, columns, std::vector<bool>(static_cast<size_t>(columns)), 127.0f);
         CHECK(absmax[static_cast<size_t>(row)] / 127.0f == want.scale);
         for (int64_t k = 0; k < columns; ++k) {
           const auto at = static_cast<size_t>(row * columns + k);

@@ -146,7 +146,7 @@ BROKEN_FILES = {
     "no rows": ("rows.json", "[]", r"rows.json: holds no rows"),
     "no rows in list": ("rows.json", '{"data": []}', r"rows.json: holds no rows"),
     "header alone": ("rows.csv", "prompt,completion\n", r"rows.csv: holds no rows"),
-    "unknown kind": ("rows.txt", "just words", r"rows.txt: is of no kind that is understood.*CSV and Parquet"),
+    "unknown kind": ("rows.txt", "just words", r"rows.txt: is of no kind that is understood.*TSV and Parquet"),
     "a number": ("rows.json", "17", r"is a number, not a list of rows"),
     "two lists": ("rows.json", '{"train": [{}], "test": [{}]}', r"several lists \('train', 'test'\)"),
     "UTF-16": ("rows.csv", "a,b\n1,2\n".encode("utf-16"), r"is UTF-16, not UTF-8"),

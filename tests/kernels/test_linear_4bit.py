@@ -11,7 +11,7 @@ from torch import Tensor
 from lilliput import formats
 from lilliput.errors import FormatError
 from lilliput.formats import QuantizedTensor
-from lilliput.kernels import linear_4bit, quantize
+from lilliput.kernels import exact, linear_4bit, quantize
 from tests.kernels import fixed_point
 from tests.nasty import NOT_FINITE
 
@@ -63,6 +63,16 @@ def test_one_row_of_any_size(backend: str, factor: float) -> None:
     assert_right(linear_4bit(x, q), x, weight.t(), more=more)
     error = (linear_4bit(x, q).double() - x.double() @ weight.t()).norm() / (x.double() @ weight.t()).norm()
     assert error < 1e-4
+
+
+@pytest.mark.parametrize("columns", [64, 576, 100])
+def test_one_row_in_float32_where_that_is_asked_for(backend: str, columns: int) -> None:
+    q, weight = make(33, columns)
+    x = torch.randn(1, columns)
+    with exact():
+        assert_right(linear_4bit(x, q), x, weight.t())
+        both = linear_4bit(x.expand(2, columns), q)
+    torch.testing.assert_close(both[0], both[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("value", NOT_FINITE.values(), ids=NOT_FINITE)

@@ -24,7 +24,8 @@ def make(out: int, columns: int) -> tuple[QuantizedTensor, Tensor]:
 
 
 def expected(x: Tensor, q: QuantizedTensor, threshold: float) -> Tensor:
-    return rowwise.vectorwise_product(x.detach(), q.codes.view(q.shape), q.absmax, threshold)
+    largest = rowwise.largest_input(q.shape[1])
+    return rowwise.vectorwise_product(x.detach(), q.codes.view(q.shape), q.absmax, threshold, largest)
 
 
 def assert_same(got: Tensor, x: Tensor, q: QuantizedTensor, threshold: float) -> None:
@@ -43,7 +44,9 @@ def test_product_and_gradients(backend: str, shape: tuple[int, int], threshold: 
         bias = torch.randn(shape[0], requires_grad=True)
         y = linear_int8(x, q, bias, threshold)
         torch.testing.assert_close(y, expected(x, q, threshold) + bias, rtol=1e-5, atol=1e-5 * shape[1] ** 0.5)
-        step = x.detach().abs().amax(dim=1, keepdim=True) / 127  # half of it is the most that rounding moves a number
+        step = x.detach().abs().amax(dim=1, keepdim=True) / rowwise.largest_input(
+            shape[1]
+        )  # half of it is the most that rounding moves a number
         moved = 0.5001 * step @ weight.abs().sum(dim=1)[None].float() + 1e-4
         assert bool(((y - bias).double() - x.double() @ weight.T).abs().le(moved).all())
         grad = torch.randn(rows, shape[0])

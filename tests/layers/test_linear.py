@@ -203,16 +203,19 @@ def test_int8_computes_llm_int8s_product_with_its_threshold():
     for threshold in (0.0, 4.0):
         layer = QuantizedLinear.from_linear(linear, "int8", threshold=threshold)
         q = formats.quantize(linear.weight.detach(), "int8")
-        expected = formats.rowwise.vectorwise_product(x.view(10, 64), q.codes.view(q.shape), q.absmax, threshold)
+        largest = formats.rowwise.largest_input(64)
+        expected = formats.rowwise.vectorwise_product(
+            x.view(10, 64), q.codes.view(q.shape), q.absmax, threshold, largest
+        )
         torch.testing.assert_close(layer(x), expected.view(2, 5, 128) + linear.bias)
     assert make_int8().threshold == 6.0
     assert QuantizedLinear.from_linear(linear).threshold == 0.0
 
 
-def test_int8_is_saved_as_a_matrix_with_an_absmax_a_row():
+def test_int8_is_saved_flat_with_an_absmax_a_row():
     layer = make_int8()
     assert set(layer.state_dict()) == {"weight", "weight_absmax", "bias"}
-    assert (layer.weight.dtype, layer.weight.shape) == (torch.int8, (128, 64))
+    assert (layer.weight.dtype, layer.weight.shape) == (torch.int8, (128 * 64, 1))
     assert (layer.weight_absmax.dtype, layer.weight_absmax.shape) == (torch.float32, (128,))
     assert layer.quantized.nbytes == 128 * 64 + 128 * 4
     filled = QuantizedLinear.empty(64, 128, True, "int8").to_empty(device="cpu")

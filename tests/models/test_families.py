@@ -1,6 +1,7 @@
 """Every family of models in every number format: loaded, run, adapted, saved, generated with and packed.
 
-A format is added by its name in FORMATS and its row in BOUNDS; a family by a row of family_table.py.
+A format is added by its name in FORMATS and its row in BOUNDS; a family by a row of family_table.py. Where two ways of
+computing the same are compared, int8 does not round its inputs (`unrounded`): a last bit can decide a code.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lilliput.data import Example, Pack, pack
 from lilliput.errors import UsageError
 from lilliput.evaluation.perplexity import perplexity
 from lilliput.generation.chat import ChatSession
-from lilliput.layers import QuantizedLinear, identity_of, quantized_layers, replace_linears
+from lilliput.layers import QuantizedLinear, identity_of, quantized_layers, replace_linears, unrounded
 from lilliput.layers.replace import linear_names
 from lilliput.lora.targets import DEFAULT_TARGETS, resolve
 from lilliput.models.hf import config_for
@@ -37,7 +38,7 @@ from lilliput.training.trainer import LabelLoss, batch_of
 from tests.models.family_table import FAMILIES, VOCABULARY, Family, inputs_of, labels_of, make_family
 from tests.training.conftest import quick, write_rows
 
-FORMATS = ["nf4"]
+FORMATS = ["nf4", "int8"]
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,10 @@ def test_generates_the_same_with_a_cache_and_without(family: Family, format: str
     model = load_model(directories[family.name], format=format, progress=False)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(IDS[:1])
-    cached, plain = (model.generate(IDS[:1], attention_mask=mask, use_cache=use, **options) for use in (True, False))
+    with unrounded(model):
+        cached, plain = (
+            model.generate(IDS[:1], attention_mask=mask, use_cache=use, **options) for use in (True, False)
+        )
     assert cached.shape[1] == 8 + (1 if family.task == "translate" else IDS.shape[1])
     assert torch.equal(cached, plain)
 
@@ -195,7 +199,9 @@ def test_an_adapter_learns_and_comes_back(
     again = load_model(directories[family.name], format=format, progress=False)
     lora.load_adapter(again, tmp_path)
     assert torch.equal(logits(family, again), trained)
-    assert distance(logits(family, by_peft(family, format, directories[family.name], tmp_path)), trained) < 1e-5
+    peers = by_peft(family, format, directories[family.name], tmp_path)
+    with unrounded(again), unrounded(peers):
+        assert distance(logits(family, peers), logits(family, again)) < 1e-5
 
 
 def all_linear(family: Family) -> set[str]:
@@ -245,8 +251,8 @@ def test_targets_are_those_of_peft(family: Family) -> None:
 @each_format
 def test_packed_loss_equals_unpacked_loss_or_packing_is_refused(family: Family, format: str) -> None:
     model = adapted(family, format)
-    alone = sum(plain_loss(model, example) for example in examples())
-    with torch.no_grad(), fused(model):
+    with torch.no_grad(), fused(model), unrounded(model):
+        alone = sum(plain_loss(model, example) for example in examples())
         loss = LabelLoss(model)
 
         def total(rows: list[Pack]) -> float:
@@ -294,12 +300,15 @@ def test_the_frozen_prefix_is_exact_or_left_alone(family: Family, format: str, t
     loss = LabelLoss(model)
     rows = pack(examples(), 64) if family.packs else [Pack.of([example]) for example in examples()]
     batch = batch_of(rows, 0)
-    plain = loss(**batch, num_items_in_batch=1)["loss"].item()
+    with unrounded(model):
+        plain = loss(**batch, num_items_in_batch=1)["loss"].item()
     planned = plan(loss, rows, quick().train, True, tmp_path, 0)
     assert (planned.prefix is not None) is family.parts, planned.said
     if planned.prefix is not None:
         loss.prefix = planned.prefix
-        assert loss(**batch, num_items_in_batch=1, packs=rows)["loss"].item() == pytest.approx(plain, rel=2e-6)
+        with unrounded(model):
+            reused = loss(**batch, num_items_in_batch=1, packs=rows)["loss"].item()
+        assert reused == pytest.approx(plain, rel=2e-6)
         planned.prefix.close()
 
 

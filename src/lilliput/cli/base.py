@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lilliput.lora import Passport
+    from lilliput.models import Classifier
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,15 @@ class Base:
     footprint_bytes: int
 
 
-def open_base(name: str, *, number_format: str | None, adapter: str | None, allow_other_base: bool) -> Base:
-    """Load MODEL and put the adapter on it.
+def open_base(
+    name: str,
+    *,
+    number_format: str | None,
+    adapter: str | None,
+    allow_other_base: bool,
+    labels: Sequence[str] | None = None,
+) -> Base:
+    """Load MODEL and put the adapter on it; with `labels` it is loaded as a classifier of these.
 
     Without `number_format` an adapter's base is loaded in the format that the adapter was trained over, as its passport
     says; a base alone is loaded as its checkpoint is ("none").
@@ -41,9 +49,9 @@ def open_base(name: str, *, number_format: str | None, adapter: str | None, allo
     if number_format is None:
         number_format = passport.format if passport else "none"
     tokenizer = load_tokenizer(name)
-    model = load_model(name, format=number_format)
+    model = load_model(name, format=number_format, labels=labels)
     if passport and _other_constants(model, passport):
-        model = load_model(name, format=number_format, double_quant=False)
+        model = load_model(name, format=number_format, double_quant=False, labels=labels)
     footprint = model.get_memory_footprint()
     if adapter:
         try:
@@ -55,6 +63,23 @@ def open_base(name: str, *, number_format: str | None, adapter: str | None, allo
         warn(note)
     model.eval()
     return Base(model, tokenizer, number_format, footprint)
+
+
+def open_classifier(
+    name: str, *, number_format: str | None, adapter: str | None, allow_other_base: bool
+) -> tuple[Base, Classifier]:
+    """Load MODEL as a classifier: with an adapter of `tune --task classify`, or one that is a classifier by itself."""
+    from lilliput.models import Classifier
+    from lilliput.models.heads import classifier_of
+
+    known = Classifier.read(adapter) if adapter else None
+    base = open_base(
+        name, number_format=number_format, adapter=adapter, allow_other_base=allow_other_base,
+        labels=known.labels if known else None,
+    )  # fmt: skip
+    known = known or classifier_of(base.model, base.tokenizer)
+    base.model.config.pad_token_id = known.pad_token_id
+    return base, known
 
 
 def _other_constants(model: PreTrainedModel, passport: Passport) -> bool:

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from lilliput.cli.door import Answer, Model, NumberFormat, RecipeName, Settings
+from lilliput.cli.door import Answer, LabelColumn, Model, NumberFormat, RecipeName, Settings, Task, TextColumn
 from lilliput.cli.tune import Data, read_recipe
 
 if TYPE_CHECKING:
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 def check(
     model: Model,
     data: Data,
-    recipe: RecipeName = "qlora",
+    task: Task = None,
+    recipe: RecipeName = None,
     settings: Settings = None,
     number_format: NumberFormat = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out rows that are broken.")] = False,
 ) -> Answer:
     """Check the promises of exactness on your model and rows, without training.
@@ -33,7 +36,10 @@ def check(
 
     Example:  lilliput check smollm2-135m-instruct --data my.jsonl
     """
-    plan = read_recipe(recipe, settings, number_format, skip_bad_rows=skip_bad_rows)
+    plan = read_recipe(
+        recipe, settings, number_format,
+        task=task, text_column=text_column, label_column=label_column, skip_bad_rows=skip_bad_rows,
+    )  # fmt: skip
     from lilliput.training import check_data
 
     results = check_data(model, data, plan)

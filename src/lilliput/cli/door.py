@@ -53,7 +53,22 @@ Adapter = Annotated[
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Load the adapter even if it was trained over another base.")
 ]
-RecipeName = Annotated[str, typer.Option(metavar="NAME|FILE", help="A recipe's name, or a YAML file of your own.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE", help="A recipe's name, or a YAML file of your own; by default qlora, or the task's."
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What rows are: chat (chats to answer) or classify (texts with labels)."),
+]
+TextColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="classify: the column with the text; by default text or sentence.")
+]
+LabelColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="classify: the column with the label; by default label.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe value, e.g. lora.r=16; may be repeated."),

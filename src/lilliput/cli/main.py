@@ -39,6 +39,7 @@ COMMANDS = (
 for function in COMMANDS:
     app.command()(command(function))
 evaluate.command()(command(evaluation.perplexity))
+evaluate.command()(command(evaluation.classify))
 
 
 def _version(wanted: bool) -> None:

@@ -1,8 +1,8 @@
-"""Rows of JSON, JSONL, CSV and Parquet files; every fault says file, line or row, and reason.
+"""Rows of JSON, JSONL, CSV, TSV and Parquet files; every fault says file, line or row, and reason.
 
 A file is told by its content first and its suffix second, read as UTF-8 (a byte order mark is allowed), and never
 repaired: a row is read as it stands, or refused, or, when asked, skipped and listed. What the fields of a row mean
-is not decided here but in `chats.py`. Not here: compressed files, folders of files, the network.
+is not decided here but in `chats.py` and `labelled.py`. Not here: compressed files, folders of files, the network.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -22,7 +23,7 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _PARQUET = b"PAR1"
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _LISTS_OF_ONE_ROW = ("messages", "conversations")  # a list under such a name belongs to a row, it does not hold rows
-_UNDERSTOOD = "JSON (an array, or an object with one list of rows), JSONL, CSV and Parquet are understood"
+_UNDERSTOOD = "JSON (an array, or an object with one list of rows), JSONL, CSV, TSV and Parquet are understood"
 _CSV_FIELD_LIMIT = 1 << 30  # characters; the csv module's own limit of 131,072 is shorter than a long chat
 
 
@@ -68,7 +69,7 @@ class Records(Sequence[Record]):
 
 
 def read_records(path: str | Path, *, skip_bad_rows: bool = False) -> Records:
-    """Read the rows of a JSON, JSONL, CSV or Parquet file.
+    """Read the rows of a JSON, JSONL, CSV, TSV or Parquet file.
 
     Args:
         path: the file.
@@ -84,12 +85,18 @@ def read_records(path: str | Path, *, skip_bad_rows: bool = False) -> Records:
     return records
 
 
-def gather(path: Path) -> Records:
-    """Read all rows, the bad ones into `.skipped`. Raises DataError only where the file itself cannot be read."""
+def gather(path: Path, *, columns: Sequence[str] | None = None, literal: bool = False) -> Records:
+    """Read all rows, the bad ones into `.skipped`. Raises DataError only where the file itself cannot be read.
+
+    Args:
+        path: the file.
+        columns: names of the columns of a CSV or TSV file that has no header line.
+        literal: in a .tsv file a double quote is a character like any other, and a row is a line.
+    """
     good: list[Record] = []
     bad: list[SkippedRow] = []
     digest = hashlib.sha256()
-    for row in _rows(path):
+    for row in _rows(path, _Table(None if columns is None else tuple(columns), literal)):
         if isinstance(row, SkippedRow):
             bad.append(row)
             continue
@@ -129,9 +136,25 @@ def _canonical(fields: dict[str, Any]) -> bytes:
 # ---- which kind of file ------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> Iterator[Record | SkippedRow]:
+@dataclass(frozen=True)
+class _Table:
+    """What a CSV or TSV file does not say about itself: see `gather`."""
+
+    columns: tuple[str, ...] | None = None
+    literal: bool = False
+
+
+def _rows(path: Path, table: _Table) -> Iterator[Record | SkippedRow]:
+    with _readable(path):
+        kind = _kind(path)
+        yield from _read_csv(path, table) if kind == "csv" else _READERS[kind](path)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the system says about a file that cannot be read becomes a DataError."""
     try:
-        yield from _READERS[_kind(path)](path)
+        yield
     except FileNotFoundError as error:
         raise DataError("no such file", where=str(path), todo="Check the path.") from error
     except IsADirectoryError as error:
@@ -141,7 +164,7 @@ def _rows(path: Path) -> Iterator[Record | SkippedRow]:
 
 
 def _kind(path: Path) -> str:
-    """ "json", "jsonl", "csv" or "parquet": by the first bytes, then by the suffix, then by the first line."""
+    """ "json", "jsonl", "csv" (TSV too) or "parquet": by the first bytes, then the suffix, then the first line."""
     with open(path, "rb") as file:
         head = file.read(4)
         if head == _PARQUET:
@@ -311,23 +334,44 @@ def _object_rows(value: Any, path: Path) -> Iterator[Record | SkippedRow]:
 # ---- CSV ---------------------------------------------------------------------------------------------------------
 
 
-def _read_csv(path: Path) -> Iterator[Record | SkippedRow]:
+def first_fields(path: Path, *, literal: bool = False) -> list[str] | None:
+    """The fields of a CSV or TSV file's first line, which may be a header; None for other kinds. Raises as `gather`."""
+    with _readable(path), open(path, "rb") as file:
+        if _kind(path) != "csv":
+            return None
+        lines = _text_lines(file, path)
+        first = next(lines)
+        try:
+            return [name.strip() for name in next(_csv_reader(first, lines, path, literal))]
+        except csv.Error as error:
+            raise _broken_csv(error, path, 1) from error
+
+
+def _read_csv(path: Path, table: _Table) -> Iterator[Record | SkippedRow]:
     """A header line, then a row a record; fields in double quotes may hold line breaks. Every value is text."""
     limit = csv.field_size_limit(_CSV_FIELD_LIMIT)
     try:
         with open(path, "rb") as file:
-            yield from _csv_rows(file, path)
+            yield from _csv_rows(file, path, table)
     finally:
         csv.field_size_limit(limit)
 
 
-def _csv_rows(file: Any, path: Path) -> Iterator[Record | SkippedRow]:
+def _csv_reader(first: str, rest: Iterator[str], path: Path, literal: bool) -> Any:
+    """The lines of a file, cut into fields."""
+    lines, delimiter = _chain(first, rest), _delimiter(first, path)
+    if literal and path.suffix.lower() == ".tsv":
+        return csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
+    return csv.reader(lines, delimiter=delimiter, strict=True)
+
+
+def _csv_rows(file: Any, path: Path, table: _Table) -> Iterator[Record | SkippedRow]:
     lines = _text_lines(file, path)
     first = next(lines)
-    reader = csv.reader(_chain(first, lines), delimiter=_delimiter(first, path), strict=True)
+    reader = _csv_reader(first, lines, path, table.literal)
     row = 0
     try:
-        header = _header(next(reader), path)
+        header = list(table.columns) if table.columns else _header(next(reader), path)
         line = reader.line_num + 1  # where the next row begins
         for values in reader:
             origin, line = f"{path.name}:{line}", reader.line_num + 1
@@ -335,13 +379,18 @@ def _csv_rows(file: Any, path: Path) -> Iterator[Record | SkippedRow]:
                 continue
             row += 1
             if len(values) != len(header):
-                reason = f"has {len(values)} fields where the header has {len(header)} ({', '.join(header)})"
+                expected = f"{len(header)} are expected" if table.columns else f"the header has {len(header)}"
+                reason = f"has {len(values)} fields where {expected} ({', '.join(header)})"
                 yield SkippedRow(origin, reason, row)
             else:
                 yield Record(dict(zip(header, values, strict=True)), origin, row)
     except csv.Error as error:
-        todo = "Look for a double quote that is not closed; a quote within a quoted field is written twice."
-        raise DataError(f"broken CSV: {error}", where=f"{path.name}:{reader.line_num}", todo=todo) from error
+        raise _broken_csv(error, path, reader.line_num) from error
+
+
+def _broken_csv(error: csv.Error, path: Path, line: int) -> DataError:
+    todo = "Look for a double quote that is not closed; a quote within a quoted field is written twice."
+    return DataError(f"broken CSV: {error}", where=f"{path.name}:{line}", todo=todo)
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -395,6 +444,5 @@ def _read_parquet(path: Path) -> Iterator[Record | SkippedRow]:
 _READERS: dict[str, Callable[[Path], Iterator[Record | SkippedRow]]] = {
     "json": _read_json,
     "jsonl": _read_jsonl,
-    "csv": _read_csv,
     "parquet": _read_parquet,
 }

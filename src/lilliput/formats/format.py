@@ -18,7 +18,6 @@ from torch import Tensor
 from lilliput.errors import FormatError, UsageError, nearest
 from lilliput.formats import codebooks
 
-_BYTE = 8  # bits
 ROW = 0  # as a format's block: one row, all numbers along the last dimension, shares an absmax
 
 # What can be chosen about a format besides its name, with the value that means "not at all".
@@ -53,11 +52,7 @@ class Format:
 
     def code_bytes(self, shape: tuple[int, ...]) -> int:
         """How many bytes the codes of a tensor of that shape take."""
-        return -(prod(shape) * self.bits // -_BYTE)
-
-    def code_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """How codes lie in a checkpoint: [bytes, 1] where a byte has two, else as the reals."""
-        return tuple(shape) if self.bits == _BYTE else (self.code_bytes(shape), 1)
+        return -(prod(shape) * self.bits // -8)
 
     def option(self, name: str, given: Any = None) -> Any:
         """What holds for the option `name`: as given, or the format's default where `given` is None.

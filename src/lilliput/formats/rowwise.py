@@ -20,7 +20,8 @@ from lilliput.errors import UsageError
 from lilliput.formats.blockwise import check_finite
 
 LARGEST = 127  # the largest code; -128 is not used, so that x and -x have opposite codes
-SMALLEST_ABSMAX = 1e-36  # 127 / c is no float32 for a smaller c: such a row gets codes of zero
+_LARGEST_INPUT = 2**15 - 1  # of a row of x: its codes are multiplied as 16-bit numbers
+_SMALLEST_ABSMAX = 1e-38  # of a step: 1 / c and its multiples are no float32 for a smaller c, whose row gets zeros
 # Sums of so many products of codes are whole numbers below 2**24, which float32 holds without rounding.
 _EXACT_COLUMNS = 2**24 // LARGEST**2
 
@@ -31,7 +32,7 @@ _EXACT_COLUMNS = 2**24 // LARGEST**2
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, int8 [numel], and absmax, float32 [rows], of a tensor of any shape; a row runs along the last dimension.
 
-    A row of zeros, or of numbers below 1e-36, has codes of zero.
+    A row of zeros, or of numbers below 1.27e-36, has codes of zero.
 
     Raises:
         FormatError: NaN or Inf (says where the first is), or a dtype outside float32, float16, bfloat16.
@@ -61,17 +62,28 @@ def row_absmax(matrix: Tensor) -> Tensor:
     return matrix.abs().amax(dim=1) if matrix.shape[1] else matrix.new_zeros(matrix.shape[0])
 
 
-def codes_of(matrix: Tensor, absmax: Tensor) -> Tensor:
-    """int8 [rows, columns] of a float32 matrix by the absmax of its rows."""
-    factor = torch.where(absmax >= SMALLEST_ABSMAX, LARGEST / absmax, 0.0)
-    return (matrix * factor[:, None]).round().to(torch.int8)
+def codes_of(matrix: Tensor, absmax: Tensor, largest: int = LARGEST) -> Tensor:
+    """Whole numbers of at most `largest`, int8 (int16 above 127) [rows, columns], of a float32 matrix by rows."""
+    factor = torch.where(absmax >= largest * _SMALLEST_ABSMAX, largest / absmax, 0.0)
+    return (matrix * factor[:, None]).round().to(torch.int8 if largest <= LARGEST else torch.int16)
+
+
+def largest_input(columns: int) -> int:
+    """The largest code for numbers of x, of which a row has so many: as fine as sums of 32 bits allow, at least 127.
+
+    columns * 127 * this is below 2**31, so that no sum of products with int8 codes can overflow. A processor multiplies
+    16-bit numbers as quickly as bytes that it must not let saturate, so that finer steps than the paper's cost nothing.
+    """
+    return max(LARGEST, min(_LARGEST_INPUT, (2**31 - 1) // (LARGEST * max(columns, 1))))
 
 
 # ---- the product ----
 
 
-def vectorwise_product(x: Tensor, codes: Tensor, absmax: Tensor, threshold: float = 0.0) -> Tensor:
-    """x W^T with W in int8 and x rounded to int8 on the way: float32 [rows, out].
+def vectorwise_product(
+    x: Tensor, codes: Tensor, absmax: Tensor, threshold: float = 0.0, largest: int = LARGEST
+) -> Tensor:
+    """x W^T with W in int8 and x rounded to whole numbers on the way: float32 [rows, out].
 
     Columns of x that hold an outlier are multiplied in float32 with W's columns dequantized; the other ones in whole
     numbers, without a rounding, and scaled by both absmax at the end. A row with NaN or Inf gives NaN, and does not
@@ -82,13 +94,14 @@ def vectorwise_product(x: Tensor, codes: Tensor, absmax: Tensor, threshold: floa
         codes: int8 [out, in].
         absmax: float32 [out].
         threshold: a column with a number beyond it, in any row, is an outlier; 0: none is.
+        largest: the code of a row's largest number: 127 in the paper, `largest_input` in our kernels.
     """
     outliers = outlier_columns(x, threshold)
     usual = x.masked_fill(outliers, 0.0)
     finite = x.isfinite().all(dim=1)
-    row_scale = torch.where(finite, row_absmax(usual) / LARGEST, torch.nan)
+    row_scale = torch.where(finite, row_absmax(usual) / largest, torch.nan)
     usual = usual.masked_fill(~finite[:, None], 0.0)
-    whole = integer_product(codes_of(usual, row_absmax(usual)), codes)
+    whole = integer_product(codes_of(usual, row_absmax(usual), largest), codes)
     y = whole.float() * row_scale[:, None] * (absmax / LARGEST)
     if outliers.any():
         weight = dequantize_rows(codes[:, outliers].contiguous(), absmax, (codes.shape[0], int(outliers.sum())))
@@ -104,10 +117,13 @@ def outlier_columns(x: Tensor, threshold: float) -> Tensor:
 
 
 def integer_product(left: Tensor, right: Tensor) -> Tensor:
-    """left right^T of int8 codes [rows, in] and [out, in], exact: int32 [rows, out].
+    """left right^T of codes [rows, in], int8 or int16, and [out, in], int8, exact: int32 [rows, out].
 
-    Float32 products of so few columns that nothing is rounded; torch's own integer products are far slower.
+    Float32 products of so few columns that nothing is rounded (float64 for int16, where nothing is in any case);
+    torch's own integer products are far slower.
     """
+    if left.dtype == torch.int16:
+        return (left.double() @ right.double().T).int()
     parts = zip(left.split(_EXACT_COLUMNS, dim=1), right.split(_EXACT_COLUMNS, dim=1), strict=True)
     total = left.new_zeros((left.shape[0], right.shape[0]), dtype=torch.int32)
     for one, other in parts:
@@ -151,8 +167,12 @@ def quantize_zeropoint(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.detach().double()
     low, high = (wide.min(), wide.max()) if x.numel() else (wide.new_zeros(()), wide.new_zeros(()))
     span = high - low
-    steps = 2 * LARGEST / span if span >= SMALLEST_ABSMAX else LARGEST / high.abs().clamp(min=SMALLEST_ABSMAX)
-    zero = -(steps * (low + high) / 2).round() if span >= SMALLEST_ABSMAX else torch.zeros_like(steps)
+    steps = (
+        2 * LARGEST / span
+        if span >= LARGEST * _SMALLEST_ABSMAX
+        else LARGEST / high.abs().clamp(min=LARGEST * _SMALLEST_ABSMAX)
+    )
+    zero = -(steps * (low + high) / 2).round() if span >= LARGEST * _SMALLEST_ABSMAX else torch.zeros_like(steps)
     codes = ((wide * steps).round() + zero).clamp(-LARGEST, LARGEST)
     return codes.to(torch.int8), steps.float(), zero.float()
 

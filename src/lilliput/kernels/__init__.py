@@ -1,6 +1,6 @@
 """One operation a file: schema, reference, fake, backward, the compiled core's answer. All in namespace `lilliput`."""
 
-from lilliput.kernels.dispatch import use
+from lilliput.kernels.dispatch import exact, use
 from lilliput.kernels.doors import dequantize, linear, quantize
 from lilliput.kernels.linear_4bit import linear_4bit
 from lilliput.kernels.linear_int8 import linear_int8
@@ -11,6 +11,7 @@ from lilliput.kernels.swiglu import swiglu
 
 __all__ = [
     "dequantize",
+    "exact",
     "linear",
     "linear_4bit",
     "linear_int8",

@@ -24,8 +24,10 @@ from lilliput.kernels.core import arrays
 def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times a 4-bit matrix, plus bias: float [..., out] of x's dtype.
 
-    Computed in float32 (float64 for a float64 x, by the reference) and rounded once to x's dtype, under autocast too.
-    Differentiable in x and bias; backward keeps the packed tensors, neither x nor a dequantized W.
+    Computed in float32 (float64 for a float64 x, by the reference) and rounded once to x's dtype, under autocast too;
+    but a single row on AVX2, outside of `exact`, in 16-bit fixed point (linear_4bit_fixed.simd.cpp): an error of some
+    3e-5 of the result's size. Differentiable in x and bias; backward keeps the packed tensors, neither x nor a
+    dequantized W.
 
     Args:
         x: [..., in]; float32, bfloat16, float16 or float64.
@@ -163,7 +165,7 @@ def by_core(
     added = None if bias is None else bias.detach().float().contiguous()
     packed = core_arguments(codes, absmax, absmax_scale, absmax_offset, format)
     x_, added_, left_, right_, y_ = arrays(rows, added, left, right, matrix(y))
-    core.linear_4bit(x_, *packed, added_, left_, right_, y_, torch.get_num_threads())
+    core.linear_4bit(x_, *packed, added_, left_, right_, y_, torch.get_num_threads(), dispatch.is_exact())
     return y.to(x.dtype)
 
 

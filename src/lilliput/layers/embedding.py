@@ -72,7 +72,7 @@ class QuantizedEmbedding(QuantizedWeight, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """ids int [...] -> [..., embedding_dim] in `dtype`; raises IndexError for an id outside the table."""
-        codes = nn.functional.embedding(input, self.weight)
+        codes = nn.functional.embedding(input, self.weight.view(self.weight_shape))
         absmax = nn.functional.embedding(input, self.weight_absmax[:, None])
         return rowwise.dequantize_rows(codes, absmax.flatten(), tuple(codes.shape), self.dtype)
 

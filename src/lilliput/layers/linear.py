@@ -113,10 +113,11 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
 
 @contextmanager
 def unrounded(model: nn.Module) -> Iterator[list[str]]:
-    """Inside the block products in int8 take their inputs as they are, in float32, and only the weights are in int8.
+    """Inside the block products take their inputs as they are, in float32, and only the weights are in few bits.
 
-    A row's rounding depends on the rows beside it and on the last bit of its numbers, so that two ways of computing
-    the same agree to 1e-2 or so and not to float32's rounding. In here they do, as over any other format.
+    In int8 a row's rounding depends on the rows beside it and on the last bit of its numbers, so that two ways of
+    computing the same agree to 1e-2 or so and not to float32's rounding; in 4 bits a single row may be rounded to 16
+    bits (`kernels.exact`). In here they agree.
 
     Yields: the names of the layers that round inputs otherwise; none without int8.
     """
@@ -126,7 +127,8 @@ def unrounded(model: nn.Module) -> Iterator[list[str]]:
     try:
         for layer in rounding.values():
             layer.threshold = _EVERY_COLUMN
-        yield list(rounding)
+        with kernels.exact():
+            yield list(rounding)
     finally:
         for layer, threshold in zip(rounding.values(), kept, strict=True):
             layer.threshold = threshold

@@ -142,11 +142,18 @@ def _table(model: nn.Module, skip: Iterable[str] | None) -> list[str]:
         raise UsageError(f"embeddings=True needs a plain nn.Embedding for tokens; {what} has none", where="embeddings")
     table = next(name for name, module in model.named_modules() if module is found)
     names = [table, *(name for name in _partners(model, table) if name != table)]
-    strange = [name for name in names if type(model.get_submodule(name)) not in (nn.Linear, nn.Embedding)]
+    strange = [name for name in names if not _can_share(model.get_submodule(name))]
     asked = _resolve(model, skip or ())
-    for name, why in [(n, "is no plain layer") for n in strange] + [(n, "is in skip") for n in names if n in asked]:
+    for name, why in [(n, "is no plain layer without a bias") for n in strange] + [
+        (n, "is in skip") for n in names if n in asked
+    ]:
         raise UsageError(f"embeddings=True quantizes '{name}' with the token table, and it {why}", where="embeddings")
     return names
+
+
+def _can_share(module: nn.Module) -> bool:
+    # a bias would be padded by transformers to the length of what it is tied to, which is that of the flat codes
+    return type(module) is nn.Embedding or (type(module) is nn.Linear and module.bias is None)
 
 
 def _partners(model: nn.Module, name: str) -> list[str]:
@@ -170,7 +177,7 @@ def _replace_table(model: nn.Module, names: list[str], format: str, threshold: f
         if isinstance(tied, nn.Embedding):
             layer = QuantizedEmbedding(table.quantized, tied.padding_idx, tied.weight.dtype)
         else:
-            layer = QuantizedLinear(table.quantized, tied.bias, threshold)
+            layer = QuantizedLinear(table.quantized, threshold=threshold)
         layer.share(table)
         model.set_submodule(name, layer.train(tied.training))
     ties: Any = getattr(model, "all_tied_weights_keys", None)

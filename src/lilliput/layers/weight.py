@@ -27,8 +27,8 @@ class QuantizedWeight(nn.Module):
     """A module whose weight, of shape `weight_shape`, is in a number format.
 
     Parameters (all frozen; names are those in the state dict):
-        weight: codes of W. In 4 bits uint8 [ceil(numel/2), 1], flat storage, two to a byte, high nibble first; in int8
-            int8 of W's shape.
+        weight: codes of W in flat storage: uint8 [ceil(numel/2), 1] in 4 bits, two to a byte, high nibble first; int8
+            [numel, 1]. Never of W's own shape, so that nobody (PEFT's merge) adds real numbers to codes unnoticed.
         weight_absmax: float32 [blocks], or uint8 [blocks] when double-quantized; a block is 64 values of flat storage,
             or (int8) a row.
         weight_absmax_scale: float32 [ceil(blocks/256)], only when double-quantized.
@@ -54,7 +54,7 @@ class QuantizedWeight(nn.Module):
         if tuple(quantized.shape) != self.weight_shape:
             raise FormatError(f"weight of shape {tuple(quantized.shape)}, expected {self.weight_shape}")
         self._view = None
-        self.weight = frozen(quantized.codes.reshape(quantized.format.code_shape(quantized.shape)))
+        self.weight = frozen(quantized.codes.reshape(-1, 1))
         for name, value in zip(
             _CONSTANTS, (quantized.absmax, quantized.absmax_scale, quantized.absmax_offset), strict=True
         ):

@@ -12,12 +12,14 @@ from lilliput.models.catalogue import CATALOGUE, pull
 from lilliput.models.locate import Source, locate
 
 if TYPE_CHECKING:
+    from lilliput.models.heads import Classifier
     from lilliput.models.hf import FP4Config, Int8Config, NF4Config
     from lilliput.models.load import load_model
     from lilliput.models.save import save_model
     from lilliput.models.tokenizer import load_tokenizer
 
 _WHERE = {
+    "Classifier": "heads",
     "FP4Config": "hf",
     "Int8Config": "hf",
     "NF4Config": "hf",
@@ -28,6 +30,7 @@ _WHERE = {
 
 __all__ = [
     "CATALOGUE",
+    "Classifier",
     "FP4Config",
     "Int8Config",
     "NF4Config",

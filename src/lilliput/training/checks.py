@@ -13,10 +13,10 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -47,8 +47,8 @@ _PROMPT, _ANSWER = 48, 32  # tokens that a piece of a long row keeps before and 
 _READ_BACK = "written_and_read_back"  # the name of an adapter for a moment
 _MOST_ROWS = 2000  # that the token checks read
 # Largest relative difference between two ways of adding up the same numbers, by the model's number type.
-_LOSS_AGREES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 3e-3}
-_GRADIENT_AGREES = {torch.float64: 1e-8, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+LOSS_AGREES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 3e-3}
+GRADIENT_AGREES = {torch.float64: 1e-8, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class _Finding:
+class Finding:
+    """What a check found, and what to do when it did not pass."""
+
     passed: bool
     detail: str
     todo: str = ""
@@ -93,13 +95,20 @@ def run_checks(
     if not active_adapters(model):
         raise UsageError("the model has no active adapter to check", todo="Call add_adapter first.")
     setup = _Setup(model, tokenizer, examples, collate)
-    results = []
     if show:
         console.print(show_example(setup.shown, tokenizer))
-    with _untouched(model), _adapter_that_matters(model), unrounded(model):
-        for name, check in track(list(CHECKS.items()), "checking", shown=progress):
+    return run_each(model, {name: partial(check, setup) for name, check in CHECKS.items()}, progress=progress)
+
+
+def run_each(
+    model: PreTrainedModel, checks: Mapping[str, Callable[[], Finding]], *, progress: bool = True
+) -> list[CheckResult]:
+    """Run checks by name on a model with an adapter that is made to matter; the model is left as it is found."""
+    results = []
+    with untouched(model), adapter_that_matters(model), unrounded(model):
+        for name, check in track(list(checks.items()), "checking", shown=progress):
             began = time.perf_counter()
-            found = check(setup)
+            found = check()
             seconds = time.perf_counter() - began
             results.append(CheckResult(name, found.passed, found.detail, "" if found.passed else found.todo, seconds))
     return results
@@ -173,7 +182,7 @@ def _piece(example: Example) -> Example:
 # ---- the promises ------------------------------------------------------------------------------------------------
 
 
-def _packed_loss(setup: _Setup) -> _Finding:
+def _packed_loss(setup: _Setup) -> Finding:
     """Our loss of all pieces in one packed row, against the model's plain forward on each piece alone.
 
     In several rows where one may not be so long, and in rows of one piece where the model takes no packed ones (a run
@@ -192,7 +201,7 @@ def _packed_loss(setup: _Setup) -> _Finding:
         "Tokens see other examples of their row, or the loss is not the model's: "
         "set data.packing=false, and report the model's architecture."
     )
-    return _Finding(apart <= setup.agrees(_LOSS_AGREES), detail, todo)
+    return Finding(apart <= setup.agrees(LOSS_AGREES), detail, todo)
 
 
 def _plain_loss(setup: _Setup, piece: Example) -> float:
@@ -203,7 +212,7 @@ def _plain_loss(setup: _Setup, piece: Example) -> float:
     return functional.cross_entropy(logits[wanted], ids[0, 1:][wanted], reduction="sum").item()
 
 
-def _accumulation(setup: _Setup) -> _Finding:
+def _accumulation(setup: _Setup) -> Finding:
     """The gradients of a step in one batch of eight rows and in eight batches of one."""
     at_once = setup.gradients
     one_by_one = setup.gradients_of([setup.batch([Pack.of([piece])]) for piece in setup.pieces])
@@ -211,10 +220,10 @@ def _accumulation(setup: _Setup) -> _Finding:
     apart = torch.stack([(at_once[name] - g).double().norm() for name, g in one_by_one.items()]).norm().item()
     detail = f"gradient norm {size:.6g} at once; {apart / max(size, 1e-30):.1e} of it apart"
     todo = "Rows of a batch disturb each other: set train.batch_size=1 and report the model's architecture."
-    return _Finding(size > 0 and apart <= setup.agrees(_GRADIENT_AGREES) * size, detail, todo)
+    return Finding(size > 0 and apart <= setup.agrees(GRADIENT_AGREES) * size, detail, todo)
 
 
-def _end_tokens(setup: _Setup) -> _Finding:
+def _end_tokens(setup: _Setup) -> Finding:
     """As many labelled end tokens as the assistant has turns, the same in the batch that is trained on."""
     end = end_of_turn_id(setup.tokenizer)
     turns = wrong = 0
@@ -240,7 +249,7 @@ def _end_tokens(setup: _Setup) -> _Finding:
     todo = (
         "The tuned model would not know when to stop. Report the tokenizer's chat template, or use another tokenizer."
     )
-    return _Finding(wrong == 0 and in_batch == in_rows, detail, todo)
+    return Finding(wrong == 0 and in_batch == in_rows, detail, todo)
 
 
 def _answers(setup: _Setup, example: Example) -> int:
@@ -251,7 +260,7 @@ def _answers(setup: _Setup, example: Example) -> int:
     return sum(turn.role == "assistant" for turn in chat.turns)
 
 
-def _labels(setup: _Setup) -> _Finding:
+def _labels(setup: _Setup) -> Finding:
     """Each run of labels reads as the assistant's words of its turn, and then ends the turn."""
     wrong, read, where = 0, 0, ""
     for example in setup.examples:
@@ -266,7 +275,7 @@ def _labels(setup: _Setup) -> _Finding:
     if not read:
         detail = "no row is whole enough to compare"
     todo = "Something else than the assistant's words would be learned. Report the tokenizer's chat template."
-    return _Finding(wrong == 0, detail, todo)
+    return Finding(wrong == 0, detail, todo)
 
 
 def _reads_as(setup: _Setup, example: Example, chat: Chat) -> bool:
@@ -285,18 +294,18 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _one_bos(setup: _Setup) -> _Finding:
+def _one_bos(setup: _Setup) -> Finding:
     """BOS once at the beginning where tokenizer or template put it, and twice in a row nowhere."""
     tokenizer, bos = setup.tokenizer, setup.tokenizer.bos_token_id
     if bos is None:
-        return _Finding(True, "none: the tokenizer has no BOS")
+        return Finding(True, "none: the tokenizer has no BOS")
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     expected = tokenizer("a")["input_ids"][:1] == [bos] or "bos_token" in template
     wrong = [e.origin for e in setup.examples if (expected and e.input_ids[0] != bos) or _twice(e.input_ids, bos)]
     kind = "one at the start" if expected else "none of its own (neither tokenizer nor template puts one)"
     first = f", first {wrong[0]}" if wrong else ""
     detail = f"{kind} in {len(setup.examples):,} rows; wrong in {len(wrong):,}{first}"
-    return _Finding(
+    return Finding(
         not wrong, detail, "Set the tokenizer's add_bos_token to false, or take bos_token out of its template."
     )
 
@@ -305,7 +314,7 @@ def _twice(ids: list[int], token: int) -> bool:
     return any(one == two == token for one, two in pairwise(ids))
 
 
-def _every_target(setup: _Setup) -> _Finding:
+def _every_target(setup: _Setup) -> Finding:
     """No adapter matrix without a gradient, none with one that is no number."""
     gradients, dead, broken, total = setup.gradients, [], [], 0
     names = {id(parameter): name for name, parameter in setup.model.named_parameters()}
@@ -321,10 +330,10 @@ def _every_target(setup: _Setup) -> _Finding:
         if names_of:
             detail += f"; {kind} at {', '.join(names_of[:3])}{' …' if len(names_of) > 3 else ''}"
     todo = "These modules take no part in the forward pass: leave them out with lora.exclude_modules."
-    return _Finding(total > 0 and not dead and not broken, detail, todo)
+    return Finding(total > 0 and not dead and not broken, detail, todo)
 
 
-def _save_and_load(setup: _Setup) -> _Finding:
+def _save_and_load(setup: _Setup) -> Finding:
     """The adapter written, read back, and run: the logits bit for bit."""
     model, active = setup.model, active_adapters(setup.model)
     ids = torch.tensor([setup.pieces[0].input_ids], device=model.device)
@@ -333,17 +342,17 @@ def _save_and_load(setup: _Setup) -> _Finding:
             set_adapter(model, active[0])
             before = model(input_ids=ids, use_cache=False).logits
             save_adapter(model, folder, active[0])
-            with _read_back(model, folder, active[0]):
+            with read_back(model, folder, active[0]):
                 after = model(input_ids=ids, use_cache=False).logits
     finally:
         set_adapter(model, active)
     apart = (before - after).abs().max().item()
     todo = "The saved adapter would not be the trained one: report lora's settings and the model's architecture."
-    return _Finding(apart == 0.0, f"logits differ by {apart:.3g} at most", todo)
+    return Finding(apart == 0.0, f"logits differ by {apart:.3g} at most", todo)
 
 
 @contextmanager
-def _read_back(model: PreTrainedModel, folder: str, name: str) -> Iterator[None]:
+def read_back(model: PreTrainedModel, folder: str, name: str) -> Iterator[None]:
     """The adapter of `folder` runs instead of `name`, and replaces it where only one can train the biases."""
     instead = adapters(model)[name].bias != "none"
     if instead:
@@ -356,7 +365,7 @@ def _read_back(model: PreTrainedModel, folder: str, name: str) -> Iterator[None]
             delete_adapter(model, _READ_BACK)
 
 
-CHECKS: dict[str, Callable[[_Setup], _Finding]] = {
+CHECKS: dict[str, Callable[[_Setup], Finding]] = {
     "packed loss = unpacked loss": _packed_loss,
     "accumulation 1 x 8 = 8 x 1": _accumulation,
     "gradients at every target": _every_target,
@@ -371,7 +380,7 @@ CHECKS: dict[str, Callable[[_Setup], _Finding]] = {
 
 
 @contextmanager
-def _untouched(model: PreTrainedModel) -> Iterator[None]:
+def untouched(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode inside; afterwards modes, gradients and random states are as before."""
     modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
@@ -391,7 +400,7 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _adapter_that_matters(model: PreTrainedModel) -> Iterator[None]:
+def adapter_that_matters(model: PreTrainedModel) -> Iterator[None]:
     """Matrices of zeros get small numbers for a while: with B = 0 no gradient reaches A and no fault of B shows."""
     zeros = [place for place, tensor in _matrices(model) if not tensor.any()]
     with torch.no_grad():

@@ -25,6 +25,7 @@ from lilliput.lora import LoraConfig
 from lilliput.lora.config import NOT_SUPPORTED
 
 DEFAULT = "qlora"
+RECIPE_OF_TASK = {"chat": DEFAULT, "classify": "classify"}  # the recipe of a task where none is named
 # What the same things are called elsewhere, so that the suggestion is right where spelling alone would mislead.
 _CALLED_ELSEWHERE = {
     "rank": "r",
@@ -91,6 +92,11 @@ class ModelSection(Section):
 class DataSection(Section):
     """How rows become batches."""
 
+    task: Literal["chat", "classify"] = Field(
+        "chat", description="what rows are: chats to answer, or texts with labels"
+    )
+    text_column: str | None = Field(None, description="classify: the column with the text; null: text or sentence")
+    label_column: str | None = Field(None, description="classify: the column with the label; null: label")
     max_length: int = Field(1024, ge=8, description="tokens of the longest example, and of a packed row")
     packing: bool = Field(False, description="fill rows of max_length with several examples that do not see each other")
     overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what to do with longer examples")
@@ -138,6 +144,20 @@ class Recipe(Section):
     lora: LoraConfig = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     data: DataSection = Field(default_factory=DataSection)
     train: TrainSection = Field(default_factory=TrainSection)
+
+    @model_validator(mode="after")
+    def _what_fits_the_task(self) -> Recipe:
+        data, where = self.data, f"data.task={self.data.task}"
+        if data.task == "chat" and (data.text_column or data.label_column):
+            raise UsageError(
+                "data.text_column and data.label_column belong to texts with labels, and the rows are chats",
+                todo="Set data.task=classify (--task classify).",
+            )
+        if data.task == "classify" and data.packing:
+            raise UsageError(f"data.packing does not go with {where}", todo="Set data.packing=false.")
+        if data.task == "classify" and self.train.reuse_prefix == "on":
+            raise UsageError(f"train.reuse_prefix=on does not go with {where}", todo="Set train.reuse_prefix=auto.")
+        return self
 
     @model_validator(mode="after")
     def _evaluation_for_early_stop(self) -> Recipe:

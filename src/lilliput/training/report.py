@@ -20,13 +20,14 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import lilliput
+from lilliput.data import Confusion
 from lilliput.files import read_json, replace, write_json, write_text
 from lilliput.progress import Advance
 
 if TYPE_CHECKING:
     from lilliput.training.checks import CheckResult
     from lilliput.training.recipe import Recipe
-    from lilliput.training.trainer import LabelTrainer
+    from lilliput.training.trainer import RunTrainer
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pydantic")
 
@@ -34,10 +35,10 @@ _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers",
 class Journal(TrainerCallback):
     """One JSON object a step in metrics.jsonl, and the bar.
 
-    A line: step, epoch, loss (mean over the step's labelled tokens), learning_rate, grad_norm (before clipping), tokens
-    and seconds (sums over the run, padding and evaluation aside), tokens_per_second (of this step), eval_loss where one
-    was taken. Step 0 has the evaluation before training. A line is written when its step is over, at the latest before
-    the checkpoint that a resumed run would begin from.
+    A line: step, epoch, loss (mean over the step's labelled tokens, or rows), learning_rate, grad_norm (before
+    clipping), tokens and seconds (sums over the run, padding and evaluation aside), tokens_per_second (of this step),
+    eval_loss where one was taken, with a classifier's eval_accuracy. Step 0 has the evaluation before training. A line
+    is written when its step is over, at the latest before the checkpoint that a resumed run would begin from.
     """
 
     def __init__(self, path: Path, advance: Advance, *, from_step: int = 0) -> None:
@@ -46,7 +47,7 @@ class Journal(TrainerCallback):
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         last = next((entry for entry in reversed(kept) if "tokens" in entry), {"tokens": 0, "seconds": 0.0})
         self.tokens, self.seconds = int(last["tokens"]), float(last["seconds"])
-        self.trainer: LabelTrainer | None = None  # set when the Trainer exists, which wants its callbacks first
+        self.trainer: RunTrainer | None = None  # set when the Trainer exists, which wants its callbacks first
         self._line: dict[str, Any] = {}
         self._began = 0.0
         if from_step:
@@ -78,7 +79,7 @@ class Journal(TrainerCallback):
         logs = kwargs["logs"]
         if self._line.get("step") != state.global_step:  # the evaluation before the first step
             self._line = {"step": state.global_step}
-        wanted = ("loss", "learning_rate", "grad_norm", "eval_loss")
+        wanted = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy")
         self._line.update({name: logs[name] for name in wanted if name in logs})
         if "loss" in logs:
             self.advance(1, f"loss {logs['loss']:.3f}, {self._line['tokens_per_second']:,.0f} tokens/s")
@@ -125,8 +126,8 @@ def write_versions(path: Path) -> list[str]:
     ]
 
 
-def plot(journal: Sequence[dict[str, Any]], path: Path) -> None:
-    """The loss curve: every step in the background, its running mean, the evaluations."""
+def plot(journal: Sequence[dict[str, Any]], path: Path, *, unit: str = "labelled token") -> None:
+    """The loss curve: every step in the background, its running mean, the evaluations. The loss is per `unit`."""
     # A second that only finished runs pay. Without pyplot no display is asked for.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -141,7 +142,7 @@ def plot(journal: Sequence[dict[str, Any]], path: Path) -> None:
         axes.plot(x, _running_mean(y), color="tab:blue", linewidth=2, label="training")
     if evals:
         axes.plot(*zip(*evals, strict=True), color="tab:orange", marker="o", label="held out")
-    axes.set(xlabel="step", ylabel="loss per labelled token")
+    axes.set(xlabel="step", ylabel=f"loss per {unit}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -199,6 +200,92 @@ class RunResult:
         """Plain values."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
 
+    def verdict(self) -> list[tuple[str, str]]:
+        """What the run came to, for the top of the report: (what, the number in words)."""
+        if self.eval_loss is None:
+            return []
+        before = f", {self.eval_loss_before:.4f} before training" if self.eval_loss_before is not None else ""
+        return [("held-out loss", f"**{self.eval_loss:.4f}**{before}")]
+
+    def rows_said(self) -> str:
+        """How many examples there were."""
+        return f"{self.examples:,} to train on ({self.labels:,} labelled tokens), {self.eval_examples:,} held out"
+
+    def use(self, model: str, recipe: Recipe) -> str:
+        """How the adapter is used, in Markdown: a command, and Python."""
+        options = f"{_loading(recipe)}{self.more_arguments()}"
+        python = _PYTHON.format(model=model, adapter=str(self.adapter), options=options)
+        return f"```\n{self.command(model)}\n```\n\n{python}"
+
+    def command(self, model: str) -> str:
+        """The command that uses the adapter."""
+        return f"lilliput chat {quote(model)} --adapter {quote(str(self.out))}"
+
+    def more_arguments(self) -> str:
+        """What `load_model` needs beside the number format, as Python."""
+        return ""
+
+    def sections(self) -> list[str]:
+        """Parts of the report of their own, in Markdown."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyResult(RunResult):
+    """What a classifier's run came to; `labels` counts the rows that an epoch learns.
+
+    Attributes:
+        train_counts: rows to train on, by the name of their class.
+        confusion: predictions of the rows held out, by the adapter that was kept; None where none were held out.
+    """
+
+    train_counts: dict[str, int]
+    confusion: Confusion | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; of the held-out rows accuracy, majority_accuracy, macro_f1, confusion and counts by class."""
+        plain = {name: value for name, value in super().to_json().items() if name != "confusion"}
+        if self.confusion is None:
+            return {**plain, "accuracy": None, "majority_accuracy": None, "macro_f1": None}
+        found = self.confusion.to_json()
+        del found["rows"]  # eval_examples has it
+        return {**plain, **found}
+
+    def verdict(self) -> list[tuple[str, str]]:
+        """Accuracy first."""
+        if self.confusion is None:
+            return []
+        score, most = self.confusion, f"{self.confusion.majority:.4f}"
+        return [
+            ("held-out accuracy", f"**{score.accuracy:.4f}** ({most} by always saying the most frequent class)"),
+            ("macro F1", f"{score.macro_f1:.4f}"),
+            *super().verdict(),
+        ]
+
+    def rows_said(self) -> str:
+        """How many rows there were."""
+        classes = f"{len(self.train_counts):,} classes"
+        return f"{self.examples:,} to train on in {classes}, {self.eval_examples:,} held out"
+
+    def command(self, model: str) -> str:
+        """The command that labels a text."""
+        return f'lilliput eval classify {quote(model)} --adapter {quote(str(self.out))} --text "…"'
+
+    def more_arguments(self) -> str:
+        """The labels, which make a classifier of the base."""
+        return f", labels={list(self.train_counts)!r}"
+
+    def sections(self) -> list[str]:
+        """The confusion table."""
+        if self.confusion is None:
+            return []
+        names = self.confusion.labels
+        lines = [f"| true \\ predicted | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+        lines += [
+            f"| {name} | {' | '.join(map(str, row))} |" for name, row in zip(names, self.confusion.table, strict=True)
+        ]
+        return ["## Held-out rows\n", "\n".join([*lines, ""])]
+
 
 def write_report(
     result: RunResult, model: str, data: Sequence[Path], recipe: Recipe, notes: Iterable[str],
@@ -220,9 +307,9 @@ def write_report(
         "## Checks\n",
         _list([f"{check.name}: {'passed' if check.passed else 'FAILED'}, {check.detail}" for check in checks])
         or "Not run (`--no-check`).\n",
+        *result.sections(),
         "## Use it\n",
-        f"```\nlilliput chat {quote(model)} --adapter {quote(str(result.out))}\n```\n",
-        _PYTHON.format(model=model, adapter=str(result.adapter), options=_loading(recipe)),
+        result.use(model, recipe),
         f"`adapter/` is in PEFT's format. `recipe.yaml` is the complete recipe: `lilliput tune {quote(model)} {again} "
         f"--recipe {quote(f'{result.out}/recipe.yaml')} -o DIR` does it again; "
         "`versions.json` says with what it was done.\n",
@@ -255,10 +342,7 @@ def _what(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:
             "adapter",
             f"r {lora.r}, alpha {lora.lora_alpha:g}, {result.trainable:,} weights, from step {result.best_step:,}",
         ),
-        (
-            "examples",
-            f"{result.examples:,} to train on ({result.labels:,} labelled tokens), {result.eval_examples:,} held out",
-        ),
+        ("examples", result.rows_said()),
         (
             "steps",
             f"{result.steps:,} of {train.batch_size} x {train.accumulation} rows, "
@@ -271,10 +355,7 @@ def _what(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:
     ]
     if result.prefix is not None:
         rows.append(("frozen prefix", result.prefix))
-    if result.eval_loss is not None:
-        before = f", {result.eval_loss_before:.4f} before training" if result.eval_loss_before is not None else ""
-        rows.insert(0, ("held-out loss", f"**{result.eval_loss:.4f}**{before}"))
-    return rows
+    return [*result.verdict(), *rows]
 
 
 def _list(lines: Iterable[str]) -> str:

@@ -5,56 +5,48 @@ Not here: how each of these is done.
 
 from __future__ import annotations
 
-import json
-import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from lilliput.data import Example, ExampleSet, Pack, figures, load_examples, pack
-from lilliput.errors import DataError, UsageError
-from lilliput.files import read_json, sha256_file, write_json, write_text
-from lilliput.lora import LoraConfig, Passport, add_adapter, make_passport, save_adapter, trainable_parameters
+from lilliput.errors import UsageError
+from lilliput.files import read_json, write_json
+from lilliput.lora import LoraConfig, add_adapter, make_passport, save_adapter, trainable_parameters
 from lilliput.models import load_model, load_tokenizer
-from lilliput.models.causal import context_length, longest_row, require_causal
-from lilliput.progress import bar, say, warn
+from lilliput.models.causal import longest_row, require_causal
+from lilliput.progress import say, warn
 from lilliput.training.checks import CheckResult, require, run_checks
+from lilliput.training.classify import check_labelled, tune_classifier
 from lilliput.training.fused import fused
+from lilliput.training.loop import (
+    base_footprint,
+    checked,
+    identity_of_run,
+    list_skipped,
+    quiet_libraries,
+    run_numbers,
+    same_base,
+    split,
+    train_or_resume,
+    within_positions,
+)
 from lilliput.training.prefix import plan
-from lilliput.training.recipe import Recipe, TrainSection
-from lilliput.training.report import Journal, RunResult, plot, read_journal, write_report, write_versions
+from lilliput.training.recipe import Recipe
+from lilliput.training.report import RunResult, plot, read_journal, write_report, write_versions
 from lilliput.training.resume import (
     RUN_FILE,
-    Checkpoints,
-    Guard,
-    Interrupted,
     alone,
     claim,
-    disk_errors,
     finish,
-    interrupts,
-    load_trained,
-    read_state,
-    stopped_early,
 )
-from lilliput.training.trainer import (
-    LabelLoss,
-    LabelTrainer,
-    Rows,
-    can_pack,
-    count_steps,
-    make_arguments,
-    pad_id,
-    refuse_packing,
-)
-
-_FEWEST_TO_SPLIT = 20  # examples; below it a held-out share would say nothing and cost much
+from lilliput.training.trainer import LabelLoss, LabelTrainer, Rows, can_pack, count_steps, pad_id, refuse_packing
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,8 @@ def tune(
 
     Args:
         model: a MODEL argument.
-        data: rows in JSON, JSONL, CSV or Parquet.
+        data: rows in JSON, JSONL, CSV, TSV or Parquet: chats, or texts with labels where the recipe's `data.task` is
+            "classify".
         out: the run's folder; see docs/training.md for what is in it.
         recipe: from `load_recipe`.
         check: first check the promises of exactness on these rows (not again when resuming).
@@ -98,8 +91,13 @@ def tune(
         Interrupted: Ctrl-C; a checkpoint was saved, and the message says how to go on.
         KeyboardInterrupt: a second Ctrl-C, or one outside of training.
     """
+    if recipe.data.task == "classify":
+        return tune_classifier(
+            model, data, out, recipe, check=check, resume=resume, overwrite=overwrite, progress=progress,
+            eval_data=eval_data,
+        )  # fmt: skip
     began, data, out = time.perf_counter(), Path(data), Path(out)
-    identity = _identity(model, data, recipe, eval_data)
+    identity = identity_of_run(model, data, recipe, eval_data)
     with quiet_libraries(), ExitStack() as held:
         tokenizer = load_tokenizer(model)
         held.enter_context(alone(out))
@@ -111,9 +109,9 @@ def tune(
         base = load_base(model, recipe, progress=progress)
         held.enter_context(fused(base))
         passport = make_passport(base, tokenizer, rows.whole.sha256)
-        _same_base(out, passport)
-        _within_positions(base, [*rows.train, *rows.held_out])
-        checks = _check(out, base, tokenizer, rows.whole, progress) if check and checkpoint is None else _checked(out)
+        same_base(out, passport)
+        within_positions(base, [*rows.train, *rows.held_out])
+        checks = _check(out, base, tokenizer, rows.whole, progress) if check and checkpoint is None else checked(out)
         loss = LabelLoss(base)
         best_step = _train(loss, tokenizer, rows, recipe, out, checkpoint, progress)
     save_adapter(base, out / "adapter", passport=passport)
@@ -127,6 +125,8 @@ def tune(
 
 def check_data(model: str, data: str | Path, recipe: Recipe, *, progress: bool = True) -> list[CheckResult]:
     """The exactness checks alone, on a model and rows as `tune` would take them. Raises what loading them raises."""
+    if recipe.data.task == "classify":
+        return check_labelled(model, data, recipe, progress=progress)
     with quiet_libraries():
         tokenizer = load_tokenizer(model)
         section = recipe.data
@@ -135,7 +135,7 @@ def check_data(model: str, data: str | Path, recipe: Recipe, *, progress: bool =
             skip_bad_rows=section.skip_bad_rows, progress=progress,
         )  # fmt: skip
         base = load_base(model, recipe, progress=progress)
-        _within_positions(base, rows.examples)
+        within_positions(base, rows.examples)
         with fused(base):
             return run_checks(base, tokenizer, rows, show=progress, progress=progress)
 
@@ -155,33 +155,6 @@ def load_base(model: str, recipe: Recipe, *, progress: bool = True) -> PreTraine
     if progress:
         say(f"{model}: {base_footprint(base) / 1e6:,.1f} MB, {trained:,} of {total:,} weights are trained")
     return base
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """transformers says nothing below an error, and draws no bars of its own, inside the block."""
-    before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _identity(model: str, data: Path, recipe: Recipe, eval_data: str | Path | None) -> dict[str, Any]:
-    """What must be the same for a run to be resumed; plain JSON values."""
-    for path in (data, eval_data):
-        if path is not None and not Path(path).is_file():
-            raise DataError("no such file", where=str(path))
-    named = {
-        "MODEL": str(model),
-        "the data's SHA-256": sha256_file(data),
-        "the evaluation data's SHA-256": sha256_file(eval_data) if eval_data else None,
-    }
-    return json.loads(json.dumps({**named, **recipe.settings()}))
 
 
 def _read(
@@ -212,37 +185,8 @@ def _read(
         raise UsageError(
             "train.early_stop needs held-out rows, and there are too few", where=str(data), todo="Give --eval-data."
         )
-    if skipped:
-        write_text(
-            out / "skipped_rows.jsonl", "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped)
-        )
+    list_skipped(out, skipped)
     return parts
-
-
-def split(examples: Sequence[Example], fraction: float, limit: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out): a random share, both parts in the order of the file.
-
-    Nothing is held out of fewer than 20 examples. Rows with the same tokens stay on one side.
-    """
-    if not fraction or len(examples) < _FEWEST_TO_SPLIT:
-        return list(examples), []
-    distinct = list(dict.fromkeys(tuple(example.input_ids) for example in examples))
-    count = min(limit, max(1, round(fraction * len(distinct))))
-    apart = set(random.Random(seed).sample(distinct, count))
-    train = [example for example in examples if tuple(example.input_ids) not in apart]
-    return (train, [e for e in examples if tuple(e.input_ids) in apart]) if train else (list(examples), [])
-
-
-def _within_positions(model: PreTrainedModel, examples: Sequence[Example]) -> None:
-    """Raise UsageError for an example with more tokens than the model has positions: nothing good would be learned."""
-    positions = context_length(model)
-    longest = max(examples, key=len)
-    if positions is not None and len(longest) > positions:
-        raise UsageError(
-            f"{len(longest):,} tokens, and the model has {positions:,} positions",
-            where=longest.origin,
-            todo=f"Set data.max_length={positions}; data.overlong says what becomes of longer rows.",
-        )
 
 
 def _check_packing(model: PreTrainedModel, length: int) -> None:
@@ -258,19 +202,6 @@ def _check_packing(model: PreTrainedModel, length: int) -> None:
         )
 
 
-def _same_base(out: Path, passport: Passport) -> None:
-    """Remember the base's hash with the run, or compare it with what a resumed run began from."""
-    run = read_json(out / RUN_FILE)
-    here = {"weights": passport.base_weights_sha256, "quantized": passport.base_quantized_sha256}
-    if run.setdefault("base", here) != here:
-        raise UsageError(
-            "the base is not the one that this run began with",
-            where=str(out),
-            todo="Restore its files, or begin again with --overwrite.",
-        )
-    write_json(out / RUN_FILE, run)
-
-
 def _check(
     out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: ExampleSet, progress: bool
 ) -> list[CheckResult]:
@@ -280,11 +211,6 @@ def _check(
     if progress:
         say(f"all {len(results)} checks passed")
     return results
-
-
-def _checked(out: Path) -> list[CheckResult]:
-    """What was checked before a run was interrupted."""
-    return [CheckResult(**result) for result in read_json(out / RUN_FILE).get("checks", [])]
 
 
 def _rows(examples: Sequence[Example], recipe: Recipe) -> list[Pack]:
@@ -297,40 +223,22 @@ def _train(
 ) -> int:  # fmt: skip
     """Train from the start or from a checkpoint; afterwards `loss` has the adapter to keep. Returns its step."""
     train, rows, held_out = recipe.train, _rows(data.train, recipe), _rows(data.held_out, recipe)
-    checkpoints, steps = Checkpoints(out / "checkpoints"), count_steps(len(rows), train)
-    checkpoints.clean()
-    state = read_state(checkpoint) if checkpoint else TrainerState()
-    arguments = make_arguments(
-        train, str(checkpoints.staging), steps, evaluate=bool(held_out), resumed=checkpoint is not None
-    )
-    over = _is_over(state, steps, train)
-    with (
-        nullcontext() if over else _reused_prefix(loss, tokenizer, rows, held_out, recipe, out, progress),
-        interrupts() as interrupted,
-        bar("training", steps, shown=progress) as advance,
-    ):
-        journal = Journal(out / "metrics.jsonl", advance, from_step=state.global_step)
-        if not over:
-            trainer = LabelTrainer(
-                loss,
-                arguments,
-                pad_token_id=pad_id(tokenizer, loss.model),
-                train_dataset=Rows(rows, step_rows=train.batch_size * train.accumulation, seed=train.seed),
-                eval_dataset=held_out or None,
-                callbacks=[journal, Guard(checkpoints, train.early_stop, interrupted)],
-            )
-            journal.trainer = trainer
-            _checkpointing(loss.model, train.gradient_checkpointing)
-            with disk_errors(out):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            state = trainer.state
-    if not _is_over(state, steps, train):
-        said = f"interrupted, saved at step {state.global_step:,} of {steps:,}"
-        raise Interrupted(said, where=str(out), todo="Run the same command with --resume to go on.")
-    keep = state.best_global_step if train.keep_best and state.best_global_step else state.global_step
-    load_trained(loss, checkpoints.at(keep))
-    loss.eval()
-    return keep
+
+    def trainer(arguments: TrainingArguments, callbacks: list[TrainerCallback]) -> LabelTrainer:
+        return LabelTrainer(
+            loss,
+            arguments,
+            pad_token_id=pad_id(tokenizer, loss.model),
+            train_dataset=Rows(rows, step_rows=train.batch_size * train.accumulation, seed=train.seed),
+            eval_dataset=held_out or None,
+            callbacks=callbacks,
+        )
+
+    around = partial(_reused_prefix, loss, tokenizer, rows, held_out, recipe, out, progress)
+    return train_or_resume(
+        loss, trainer, train, count_steps(len(rows), train), out, checkpoint,
+        evaluate=bool(held_out), around=around, progress=progress,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -356,51 +264,16 @@ def _reused_prefix(
             planned.prefix.close()
 
 
-def _is_over(state: TrainerState, steps: int, train: TrainSection) -> bool:
-    return state.global_step >= steps or stopped_early(state, train.early_stop)
-
-
-def _checkpointing(model: PreTrainedModel, on: bool) -> None:
-    """Recompute activations in backward instead of keeping them (transformers renamed it in version 5)."""
-    if on:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-
-
 def _result(model: PreTrainedModel, data: _Data, out: Path, best_step: int, seconds: float) -> RunResult:
-    lines = read_journal(out / "metrics.jsonl")
-    losses = [line["loss"] for line in lines if "loss" in line]
-    evals = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
-    last_tenth = losses[-max(1, len(losses) // 10) :]
-    tokens, spent = lines[-1]["tokens"], lines[-1]["seconds"]
     return RunResult(
-        out=out,
-        adapter=out / "adapter",
-        report=out / "report.md",
-        steps=lines[-1]["step"],
-        best_step=best_step,
-        train_loss=sum(last_tenth) / len(last_tenth),
-        eval_loss=evals.get(best_step),
-        eval_loss_before=evals.get(0),
+        **run_numbers(model, out, best_step, seconds),
         examples=len(data.train),
         eval_examples=len(data.held_out),
         skipped_rows=len(data.whole.skipped),
         overlong_rows=len(data.whole.overlong),
         labels=sum(example.labels for example in data.train),
-        tokens=tokens,
-        seconds=spent,
-        train_tokens_per_second=tokens / spent if spent else 0.0,
-        footprint_bytes=base_footprint(model),
-        trainable=trainable_parameters(model)[0],
-        total_seconds=seconds,
         prefix=read_json(out / RUN_FILE).get("prefix"),
     )
-
-
-def base_footprint(model: PreTrainedModel) -> int:
-    """Bytes of the base, without what is trained."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return model.get_memory_footprint() - trained
 
 
 def _notes(data: _Data) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -51,7 +51,18 @@ _SAMPLE = Pack([0] * 7, [False] * 7, [0, 1, 2, 0, 1, 2, 3], [0, 0, 0, 1, 1, 1, 1
 _POOL = 64  # steps whose rows are sorted by length together: little padding, and still a new mixture each epoch
 
 
-class LabelLoss(nn.Module):
+class Loss(nn.Module):
+    """What the Trainer of a run sees in place of the model: a module that returns {"loss": …} for a batch."""
+
+    accepts_loss_kwargs = True  # asks the Trainer to count the labels of the whole accumulated batch
+    _keys_to_ignore_on_save = None  # the Trainer looks for it after loading
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+
+class LabelLoss(Loss):
     """A causal language model that returns the loss of a batch at its labelled positions.
 
     Args:
@@ -64,12 +75,8 @@ class LabelLoss(nn.Module):
         prefix: set while the frozen lower layers are reused (prefix.py).
     """
 
-    accepts_loss_kwargs = True  # asks the Trainer to count the labels of the whole accumulated batch
-    _keys_to_ignore_on_save = None  # the Trainer looks for it after loading
-
     def __init__(self, model: PreTrainedModel, *, direct: bool | None = None) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.direct = head_is_plain(model) if direct is None else direct
         self.packs = can_pack(model)
         sample = collate([_SAMPLE], 0)
@@ -160,6 +167,32 @@ def can_pack(model: PreTrainedModel) -> bool:
     return takes_packed_rows(model, sample["attention_mask"], sample["position_ids"])
 
 
+class ClassLoss(Loss):
+    """A classifier that returns the loss of a batch of rows, and its logits."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | float | None = None,
+        tokens: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of one batch.
+
+        Args:
+            input_ids, attention_mask: int64 [rows, tokens].
+            labels: int64 [rows], numbers of the classes.
+            num_items_in_batch: what the sum of cross entropies is divided by; None: the rows of this batch.
+            tokens: how many tokens are no padding; not needed here.
+
+        Returns: {"loss": scalar, "logits": float32 [rows, classes]}.
+        """
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+        total = functional.cross_entropy(logits, labels, reduction="sum")
+        return {"loss": total / (len(labels) if num_items_in_batch is None else num_items_in_batch), "logits": logits}
+
+
 def refuse_packing(model: PreTrainedModel) -> NoReturn:
     """Raise the UsageError for a model that cannot have packed rows."""
     raise UsageError(
@@ -197,13 +230,13 @@ def head_is_plain(model: PreTrainedModel) -> bool:
 
 
 class Rows(Dataset):
-    """Packs in the order of an epoch, which is a function of the seed and the epoch alone.
+    """Packs, or other things with a length, in the order of an epoch: a function of the seed and the epoch alone.
 
     Rows of similar length come into the same step, longest last, and steps are shuffled. The order does not depend on
     how a step is divided into batches.
     """
 
-    def __init__(self, packs: Sequence[Pack], *, step_rows: int, seed: int) -> None:
+    def __init__(self, packs: Sequence[Sized], *, step_rows: int, seed: int) -> None:
         self.packs, self.step_rows, self.seed = packs, step_rows, seed
         self.set_epoch(0)
 
@@ -228,7 +261,7 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return len(self.packs)
 
-    def __getitem__(self, index: int) -> Pack:
+    def __getitem__(self, index: int) -> Sized:
         return self.packs[self.order[index]]
 
 
@@ -244,16 +277,14 @@ def batch_of(packs: Sequence[Pack], pad_token_id: int, collate: Collate = collat
     return {**batch, "tokens": torch.tensor(sum(len(pack) for pack in packs))}
 
 
-class LabelTrainer(Trainer):
-    """The Trainer of a run. `model` is a LabelLoss; datasets hold Packs."""
+class RunTrainer(Trainer):
+    """The Trainer of a run, whatever is learned: counts tokens, ends on a loss that is no number, saves what it trains.
 
-    def __init__(self, model: LabelLoss, args: TrainingArguments, *, pad_token_id: int, **kwargs: Any) -> None:
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=lambda packs: {**batch_of(packs, pad_token_id), "packs": packs},
-            **kwargs,
-        )
+    A batch says under `tokens` how many are no padding.
+    """
+
+    def __init__(self, model: Loss, args: TrainingArguments, **kwargs: Any) -> None:
+        super().__init__(model=model, args=args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.loss = model
         self.step_tokens = 0  # since the journal took them last
@@ -270,6 +301,28 @@ class LabelTrainer(Trainer):
             )
         return loss
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained, under this module's own names, and nothing of the base."""
+        trained = {name: p for name, p in self.loss.named_parameters() if p.requires_grad}
+        write_safetensors(f"{output_dir or self.args.output_dir}/model.safetensors", trained)
+
+    def say_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Log an evaluation's numbers and tell the callbacks, as the Trainer's own `evaluate` ends."""
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class LabelTrainer(RunTrainer):
+    """The Trainer of a language model's run. `model` is a LabelLoss; datasets hold Packs."""
+
+    loss: LabelLoss
+
+    def __init__(self, model: LabelLoss, args: TrainingArguments, *, pad_token_id: int, **kwargs: Any) -> None:
+        super().__init__(
+            model, args, data_collator=lambda packs: {**batch_of(packs, pad_token_id), "packs": packs}, **kwargs
+        )
+
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -280,15 +333,7 @@ class LabelTrainer(Trainer):
         for batch in self.get_eval_dataloader(eval_dataset):
             total += self.loss(**batch, num_items_in_batch=1)["loss"].item()
             labels += int(batch["labels"][:, 1:].ne(NO_LABEL).sum())
-        metrics = {f"{metric_key_prefix}_loss": total / max(labels, 1)}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained, under this module's own names, and nothing of the base."""
-        trained = {name: p for name, p in self.loss.named_parameters() if p.requires_grad}
-        write_safetensors(f"{output_dir or self.args.output_dir}/model.safetensors", trained)
+        return self.say_metrics({f"{metric_key_prefix}_loss": total / max(labels, 1)})
 
 
 def count_steps(rows: int, train: TrainSection) -> int:
