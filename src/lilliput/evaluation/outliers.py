@@ -5,6 +5,7 @@ an outlier feature of that layer. The paper looks at the hidden states, the inpu
 feature only where it stands out in at least 25 % of the layers (here: blocks) and at 6 % of all sequence positions.
 
 A text runs through the model in float32 while each layer looks at its input: running sums are kept, activations never.
+The product is the paper's, with x in 8 bits; our own operation rounds x finer (`lilliput.kernels.linear_int8`).
 Not here: what the errors do to perplexity (comparison.py), and pictures (pictures.py).
 """
 
@@ -26,8 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lilliput.errors import FormatError, UsageError
 from lilliput.evaluation.perplexity import token_windows
-from lilliput.formats.rowwise import check_threshold, rows_of
-from lilliput.kernels import linear_int8, quantize
+from lilliput.formats.rowwise import check_threshold, quantize_rows, rows_of, vectorwise_product
 from lilliput.layers import quantized_layers
 from lilliput.layers.replace import replaceable, shape_of
 from lilliput.progress import bar
@@ -286,13 +286,14 @@ class Watch:
     def _compare(self, name: str, module: Any, x: Tensor) -> None:
         """Products in int8 beside the one in float32; thresholds that take out the same columns are computed once."""
         sums, weight = self._sums[name], dense_weight(module)
-        quantized = quantize(weight, "int8")
+        codes, absmax = quantize_rows(weight)
+        codes = codes.view(weight.shape)
         exact = x @ weight.T
         largest, squares = x.abs().amax(dim=0), {}
         for i, threshold in enumerate(self.thresholds):
             columns = int((largest > threshold).sum()) if threshold else 0
             if columns not in squares:
-                squares[columns] = _square(linear_int8(x, quantized, None, threshold) - exact)
+                squares[columns] = _square(vectorwise_product(x, codes, absmax, threshold) - exact)
             sums.squared_errors[i] += squares[columns]
             sums.float32_columns[i] += columns / x.shape[1]
         sums.squared += _square(exact)
