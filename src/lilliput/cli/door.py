@@ -194,16 +194,16 @@ def _print(answer: Answer, stdout: TextIO, *, as_json: bool) -> None:
         stream.write(text.get())
         stream.flush()
     if as_json:
-        stdout.write(json.dumps(_plain(answer.results), ensure_ascii=False, allow_nan=False) + "\n")
+        stdout.write(json.dumps(plain(answer.results), ensure_ascii=False, allow_nan=False) + "\n")
         stdout.flush()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same value as JSON can say it: numbers that are not finite become null."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lilliput
-from lilliput.cli import chat, check, demo, doctor, pull, quantize, tune
+from lilliput.cli import chat, check, demo, doctor, inspect, pull, quantize, tune
 from lilliput.cli import eval as evaluation
 from lilliput.cli.door import Door, command
 
@@ -26,7 +26,17 @@ app = typer.Typer(
 evaluate = typer.Typer(name="eval", help="Measure a model, with or without an adapter.")
 app.add_typer(evaluate)
 
-for function in (demo.demo, pull.pull, tune.tune, check.check, chat.chat, quantize.quantize, doctor.doctor):
+COMMANDS = (
+    demo.demo,
+    pull.pull,
+    tune.tune,
+    check.check,
+    chat.chat,
+    quantize.quantize,
+    inspect.inspect,
+    doctor.doctor,
+)
+for function in COMMANDS:
     app.command()(command(function))
 evaluate.command()(command(evaluation.perplexity))
 evaluate.command()(command(evaluation.classify))

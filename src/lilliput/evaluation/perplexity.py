@@ -100,15 +100,8 @@ def perplexity(
     Raises UsageError for impossible numbers and models that predict no next token, DataError for a text shorter than
     one segment.
     """
-    stride = context if stride is None else stride
-    _check(model, context, stride, segments)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    windows = list(segments_of(len(ids), context, stride, segments))
-    if not windows:
-        raise DataError(
-            f"the text has {len(ids)} tokens, fewer than one segment of {context}",
-            todo=f"Give more text, or --context {max(len(ids), 2)} or less.",
-        )
+    require_causal(model, "perplexity")
+    ids, windows = token_windows(model, tokenizer, text, context, stride, segments)
     total, tokens, started = 0.0, 0, time.perf_counter()
     plain_head = _head_is_plain(model, ids[:8])
     with bar("perplexity", len(windows), shown=progress) as advance:
@@ -119,9 +112,29 @@ def perplexity(
     return PerplexityResult(_exp(total / tokens), tokens, len(windows), time.perf_counter() - started)
 
 
+def token_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    context: int,
+    stride: int | None = None,
+    segments: int | None = None,
+) -> tuple[Tensor, list[Segment]]:
+    """The text's tokens without BOS, int64 [tokens], and the windows over them; arguments and errors: `perplexity`."""
+    stride = context if stride is None else stride
+    _check(model, context, stride, segments)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    windows = list(segments_of(len(ids), context, stride, segments))
+    if not windows:
+        raise DataError(
+            f"the text has {len(ids)} tokens, fewer than one segment of {context}",
+            todo=f"Give more text, or --context {max(len(ids), 2)} or less.",
+        )
+    return ids, windows
+
+
 def _check(model: PreTrainedModel, context: int, stride: int, segments: int | None) -> None:
-    """Refuse models that predict no next token, and numbers that make no sense for this model."""
-    require_causal(model, "perplexity")
+    """Refuse numbers that make no sense for this model."""
     if context < 2:
         raise UsageError(f"{context} is too few: a segment needs 2 tokens to predict one", where="context")
     if not 1 <= stride <= context:

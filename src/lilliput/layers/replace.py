@@ -54,9 +54,7 @@ def replace_linears(
     """
     row = get_format(format)
     table = _table(model, skip) if row.option("embeddings", embeddings) else []
-    names = [name for name, module in model.named_modules() if is_linear(module)]
-    left_alone = set(default_skip(model)) if skip is None else _resolve(model, skip) | set(_tied(model))
-    replaced = [name for name in names if not _inside(name, left_alone)]
+    replaced = replaceable(model, skip)
     for name in replaced:
         linear: Any = model.get_submodule(name)
         model.set_submodule(name, _quantized_in_place_of(linear, format, double_quant, threshold))
@@ -64,6 +62,12 @@ def replace_linears(
     if table:
         _replace_table(model, table, format, threshold)
     return replaced + table
+
+
+def replaceable(model: nn.Module, skip: Iterable[str] | None = None) -> list[str]:
+    """Names of the linear layers that `replace_linears` would replace; `skip` and its errors are the same."""
+    left_alone = set(default_skip(model)) if skip is None else _resolve(model, skip) | set(_tied(model))
+    return [name for name in linear_names(model) if not _inside(name, left_alone)]
 
 
 def default_skip(model: nn.Module) -> list[str]:
