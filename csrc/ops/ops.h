@@ -88,8 +88,9 @@ struct Kernels {
 constexpr int few_rows_limit = 8;
 constexpr int64_t few_rows_more = 128;  // floats: scratch memory and reordered rows are padded by so many
 constexpr int64_t max_block = 4096;     // numbers; kernels keep a block on the stack
-// A tile of the right operand in a product of many rows: 256 KiB of floats, half of a 512 KiB second-level cache.
-constexpr int64_t max_depth = 256, max_columns = 256;
+// A tile of the right operand in a product of many rows: 144 KiB of floats. Two threads may share a core and its 512
+// KiB of second-level cache, as two virtual processors often do.
+constexpr int64_t max_depth = 192, max_columns = 192;
 
 const Kernels& kernels();  // of chosen_isa()
 const Kernels& kernels_of(Isa isa);

@@ -18,6 +18,9 @@ constexpr int kTileRows = 6;
 constexpr int kTileRows = 4;
 #endif
 
+// So many rows meet a panel of the right operand (12 KiB with AVX2) while the first-level cache holds it.
+constexpr int64_t kRowsTogether = 8 * kTileRows;
+
 struct Floats {
   using Number = float;
   using Vector = F;
@@ -100,21 +103,23 @@ static void multiply_panels(const typename Of::Number* left, const typename Of::
   using Number = typename Of::Number;
   TileProduct<Number> products[kTileRows];
   TileProducts<Of, kTileRows>::fill(products);
-  for (int64_t row = 0; row < rows; row += kTileRows) {
-    const int64_t tile_rows = rows - row < kTileRows ? rows - row : kTileRows;
-    const TileProduct<Number> product = products[tile_rows - 1];
+  for (int64_t first = 0; first < rows; first += kRowsTogether)
     for (int64_t column = 0; column < columns; column += kTileColumns) {
       const Number* panel = right + column * depth;
-      Number* here = c + row * c_stride + column;
-      const Number* from = add ? here : start != nullptr ? start + column : nullptr;
-      const int64_t from_stride = add ? c_stride : 0;
-      if (columns - column < kTileColumns)
-        edge_product(product, left, panel, tile_rows, columns - column, depth, from, from_stride, here, c_stride);
-      else
-        product(left, panel, depth, from, from_stride, here, c_stride);
+      const bool edge = columns - column < kTileColumns;
+      for (int64_t row = first; row < rows && row < first + kRowsTogether; row += kTileRows) {
+        const int64_t tile_rows = rows - row < kTileRows ? rows - row : kTileRows;
+        const TileProduct<Number> product = products[tile_rows - 1];
+        Number* here = c + row * c_stride + column;
+        const Number* from = add ? here : start != nullptr ? start + column : nullptr;
+        const int64_t from_stride = add ? c_stride : 0;
+        if (edge)
+          edge_product(product, left + row * depth, panel, tile_rows, columns - column, depth, from, from_stride, here,
+                       c_stride);
+        else
+          product(left + row * depth, panel, depth, from, from_stride, here, c_stride);
+      }
     }
-    left += depth * kTileRows;
-  }
 }
 
 }  // namespace LILLIPUT_ISA
