@@ -285,17 +285,9 @@ static void pack_forward(const Blocks4& w, int64_t columns, int64_t n, int64_t n
 
 static void pack_backward(const Blocks4& w, int64_t columns, int64_t k, int64_t k_count, int64_t n, int64_t n_count,
                           float* panels) {
-  float values[max_columns + kTileColumns];
-  const int64_t padded = (k_count + kTileColumns - 1) / kTileColumns * kTileColumns;
-  for (int64_t i = k_count; i < padded; ++i) values[i] = 0.0f;
-  for (int64_t d = 0; d < n_count; ++d) {
-    values_of(w, (n + d) * columns + k, k_count, values);
-    for (int64_t c = 0; c < padded; c += kTileColumns) {
-      float* row = panels + c * n_count + d * kTileColumns;
-      store(row, load(values + c));
-      store(row + kWidth, load(values + c + kWidth));
-    }
-  }
+  pack_by_rows(
+      k_count, n_count, [&](int64_t d, float* values) { values_of(w, (n + d) * columns + k, k_count, values); },
+      panels);
 }
 
 void add_linear_4bit(Kernels& kernels) {

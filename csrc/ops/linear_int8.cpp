@@ -189,16 +189,10 @@ void linear_int8(const Rows8& w, const float* x, int64_t rows, int64_t k, int64_
 
 void linear_int8_backward(const Rows8& w, const float* gy, int64_t rows, int64_t k, int64_t n, const LowRank& update,
                           float* gx, int threads) {
-  if (rows == 0 || k == 0) return;
-  if (n == 0) {
-    std::fill(gx, gx + rows * k, 0.0f);
-    add_update(update, rows, k, gx);
-    return;
-  }
   const auto pack = [&](int64_t column, int64_t count, int64_t d, int64_t deep, float* panels) {
     kernels().pack_backward_int8(w, column, count, d, deep, panels);
   };
-  product(gy, rows, k, n, pack, nullptr, update, gx, threads);
+  product_with_w(gy, rows, k, n, pack, update, gx, threads);
 }
 
 }  // namespace lilliput

@@ -166,17 +166,12 @@ static void pack_pairs(const Rows8& w, int64_t n, int64_t n_count, int64_t k, in
 
 // For gx = gy W: columns are columns k of W, the depth runs along its rows n; floats.
 static void pack_backward_int8(const Rows8& w, int64_t k, int64_t k_count, int64_t n, int64_t n_count, float* panels) {
-  float values[max_columns + kTileColumns];
-  const int64_t padded = (k_count + kTileColumns - 1) / kTileColumns * kTileColumns;
-  for (int64_t i = k_count; i < padded; ++i) values[i] = 0.0f;
-  for (int64_t d = 0; d < n_count; ++d) {
-    values_of_codes(w.codes + (n + d) * w.columns + k, k_count, w.scale_of(n + d), values);
-    for (int64_t c = 0; c < padded; c += kTileColumns) {
-      float* row = panels + c * n_count + d * kTileColumns;
-      store(row, load(values + c));
-      store(row + kWidth, load(values + c + kWidth));
-    }
-  }
+  pack_by_rows(
+      k_count, n_count,
+      [&](int64_t d, float* values) {
+        values_of_codes(w.codes + (n + d) * w.columns + k, k_count, w.scale_of(n + d), values);
+      },
+      panels);
 }
 
 void add_linear_int8(Kernels& kernels) {

@@ -155,4 +155,17 @@ inline void add_update(const LowRank& update, int64_t rows, int64_t columns, flo
     }
 }
 
+// gx [rows, k] = gy [rows, n] W + update: the depth is n, and may be nothing.
+template <typename Pack>
+void product_with_w(const float* gy, int64_t rows, int64_t k, int64_t n, const Pack& pack, const LowRank& update,
+                    float* gx, int threads) {
+  if (rows == 0 || k == 0) return;
+  if (n > 0) {
+    product(gy, rows, k, n, pack, nullptr, update, gx, threads);
+    return;
+  }
+  std::fill(gx, gx + rows * k, 0.0f);
+  add_update(update, rows, k, gx);
+}
+
 }  // namespace lilliput

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/simd.h"
+#include "ops/ops.h"
 
 namespace lilliput {
 namespace LILLIPUT_ISA {
@@ -120,6 +121,23 @@ static void multiply_panels(const typename Of::Number* left, const typename Of::
           product(left + row * depth, panel, depth, from, from_stride, here, c_stride);
       }
     }
+}
+
+// Panels of a right operand whose depth runs along the rows of W: values_of(d, out) writes `columns` numbers of its row
+// d, for d in 0..depth-1. What is behind the last column is zero.
+template <typename ValuesOf>
+LILLIPUT_INLINE void pack_by_rows(int64_t columns, int64_t depth, const ValuesOf& values_of, float* panels) {
+  float values[max_columns + kTileColumns];
+  const int64_t padded = (columns + kTileColumns - 1) / kTileColumns * kTileColumns;
+  for (int64_t i = columns; i < padded; ++i) values[i] = 0.0f;
+  for (int64_t d = 0; d < depth; ++d) {
+    values_of(d, values);
+    for (int64_t c = 0; c < padded; c += kTileColumns) {
+      float* row = panels + c * depth + d * kTileColumns;
+      store(row, load(values + c));
+      store(row + kWidth, load(values + c + kWidth));
+    }
+  }
 }
 
 }  // namespace LILLIPUT_ISA
