@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -124,9 +123,7 @@ def real_tokenizer(smollm2: str) -> PreTrainedTokenizerBase:
 
 def test_smollm2_on_alpaca_rows(shared_data: Path, real_tokenizer: PreTrainedTokenizerBase) -> None:
     path = shared_data / "alpaca-en-1k.json"
-    started = time.monotonic()
     found = load_examples(path, real_tokenizer, max_length=100_000, progress=False)
-    assert time.monotonic() - started < 30  # 0.7 s where it was written; slow enough to be noticed, not to be flaky
     assert len(found) == 999
     end = real_tokenizer.convert_tokens_to_ids("<|im_end|>")
     for record, example in zip(read_records(path), found, strict=True):

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -298,21 +297,15 @@ def test_a_bigger_model_never_lies_in_memory_whole(tmp_path):
     assert peak - before < 1.3 * footprint + 70e6 < dense
 
 
-def test_the_quantized_real_model_loads_in_under_a_second(smollm2, tmp_path):
+def test_the_quantized_real_model_loads_as_it_was_saved(smollm2, tmp_path):
+    """How long that takes is measured by benchmarks/load.py."""
     model = load_model(smollm2, format="nf4", progress=False)
     assert 160e6 < model.get_memory_footprint() < 170e6
     save_model(model, tmp_path, load_tokenizer(smollm2))
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        loaded = load_model(tmp_path, progress=False)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1.0
+    loaded = load_model(tmp_path, progress=False)
     assert torch.equal(logits(loaded), logits(model))
     assert identity_of(loaded).weights_sha256 == identity_of(model).weights_sha256
-    started = time.perf_counter()
-    load_tokenizer(tmp_path)
-    assert time.perf_counter() - started < 1.0
+    assert load_tokenizer(tmp_path).get_vocab() == load_tokenizer(smollm2).get_vocab()
 
 
 def test_gpt2_of_the_old_shape_with_mask_buffers_loads(tmp_path):
