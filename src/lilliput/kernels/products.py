@@ -31,7 +31,7 @@ class Product:
         forward: (x, packed, bias, shape, format, threshold) to y of x's dtype.
         backward: (grad, packed, shape, format) to the gradient to x.
         forward_by_core: (core, x, packed, bias, shape, format, threshold, left, right) to y + left right^T, with left
-            float32 [rows, r] and right float32 [out, r]; None where the compiled core has no such kernel.
+            float32 [rows, r] and right float32 [out, r].
         backward_by_core: (core, grad, packed, shape, format, left, right) to grad W + left right, with right [r, in].
     """
 
