@@ -3,9 +3,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "ops/ops.h"
 
@@ -230,6 +234,61 @@ void py_cross_entropy(Flat<float> z, const Flat<const int64_t>& labels, bool gra
   cross_entropy(z.data(), rows, columns, labels.data(), gradient, losses.data(), threads);
 }
 
+OptimizerRule optimizer_rule(const std::string& name) {
+  static const char* const names[] = {"adam", "sgd", "lion", "rmsprop", "adagrad", "lamb", "lars", "ademamix"};
+  for (int i = 0; i < 8; ++i)
+    if (name == names[i]) return static_cast<OptimizerRule>(i);
+  throw std::invalid_argument("unknown optimizer rule");
+}
+
+// moments and absmax are flat: those of the first parameter, then those of the next; absmax is empty for float32
+// moments.
+void py_optimizer_step(const std::string& name, const std::vector<Any>& params, const std::vector<Any>& grads,
+                       const std::vector<Any>& moments, const std::vector<Any>& absmax,
+                       const std::vector<double>& values, const Flat<const float>& signed_book,
+                       const Flat<const float>& unsigned_book, int64_t block, int threads) {
+  const OptimizerRule rule = optimizer_rule(name);
+  const auto each = static_cast<size_t>(moments_of(rule));
+  const bool eight = !absmax.empty();
+  need(block >= 64 && block <= max_block && block % 64 == 0, "block: a multiple of 64, at most 4096");
+  need(static_cast<int>(values.size()) == values_of(rule), "hyper-parameters: wrong number");
+  need(size(signed_book) == 256 && size(unsigned_book) == 256, "books: 256 values");
+  need(grads.size() == params.size() && moments.size() == each * params.size(), "lists: wrong lengths");
+  need(!eight || absmax.size() == moments.size(), "absmax: wrong length");
+  std::vector<OptimizerTensor> tensors;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const int64_t numel = size(params[i]);
+    need(size(grads[i]) == numel, "a gradient has another size than its parameter");
+    OptimizerTensor tensor{reals(params[i]), reals(grads[i]), numel, {}, {}};
+    for (size_t j = 0; j < each; ++j) {
+      const Any& moment = moments[i * each + j];
+      need(size(moment) == numel, "a moment has another size than its parameter");
+      need(moment.dtype() == (eight ? nb::dtype<uint8_t>() : nb::dtype<float>()), "moments: wrong type");
+      tensor.moments[j] = moment.data();
+      if (!eight) continue;
+      const Any& scales = absmax[i * each + j];
+      need(scales.dtype() == nb::dtype<float>() && size(scales) == blocks_in(numel, block), "absmax: wrong");
+      tensor.absmax[j] = static_cast<float*>(scales.data());
+    }
+    tensors.push_back(tensor);
+  }
+  nb::gil_scoped_release released;
+  const DynamicTree trees[] = {{signed_book.data(), true}, {unsigned_book.data(), false}};
+  optimizer_step(rule, values.data(), tensors.data(), static_cast<int64_t>(tensors.size()), block, trees, threads);
+}
+
+void py_gradient_norms(const std::vector<Any>& grads, Flat<double> sums, int threads) {
+  need(sums.size() == grads.size(), "sums: wrong size");
+  std::vector<Reals> tensors;
+  std::vector<int64_t> numel;
+  for (const Any& grad : grads) {
+    tensors.push_back(reals(grad));
+    numel.push_back(size(grad));
+  }
+  nb::gil_scoped_release released;
+  gradient_norms(tensors.data(), numel.data(), static_cast<int64_t>(numel.size()), sums.data(), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -254,6 +313,8 @@ NB_MODULE(_core, m) {
   m.def("swiglu_backward", &py_swiglu_backward);
   m.def("rms_norm", &py_rms_norm);
   m.def("cross_entropy", &py_cross_entropy);
+  m.def("optimizer_step", &py_optimizer_step);
+  m.def("gradient_norms", &py_gradient_norms);
   m.def("rms_norm_backward", &py_rms_norm_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg().none(), nb::arg());
 }

@@ -167,6 +167,70 @@ LILLIPUT_INLINE void deinterleave(F low, F high, F& even, F& odd) {
   odd = _mm512_permutex2var_ps(low, _mm512_add_epi32(first, _mm512_set1_epi32(1)), high);
 }
 
+LILLIPUT_INLINE F sub(F a, F b) {
+  return _mm512_sub_ps(a, b);
+}
+LILLIPUT_INLINE F sqrt(F a) {
+  return _mm512_sqrt_ps(a);
+}
+LILLIPUT_INLINE I isub(I a, I b) {
+  return _mm512_sub_epi32(a, b);
+}
+LILLIPUT_INLINE I ior(I a, I b) {
+  return _mm512_or_si512(a, b);
+}
+LILLIPUT_INLINE I iabs(I a) {
+  return _mm512_abs_epi32(a);
+}
+LILLIPUT_INLINE I times_high(I a, I b) {  // a b / 2^16, rounded down; a and b in 0..65535
+  return _mm512_mulhi_epu16(a, b);
+}
+LILLIPUT_INLINE I shift_right_by(I a, I n) {  // a >= 0, n in 0..31
+  return _mm512_srlv_epi32(a, n);
+}
+LILLIPUT_INLINE I shift_left_by(I a, I n) {
+  return _mm512_sllv_epi32(a, n);
+}
+LILLIPUT_INLINE I reduced(I a, I b) {  // a - b, at least 0; a and b in 0..65535
+  return _mm512_subs_epu16(a, b);
+}
+LILLIPUT_INLINE bool any_negative(I a) {
+  return _mm512_movepi32_mask(a) != 0;
+}
+// 4 vectors of small numbers to bytes, at least 0. With signs: 127 plus the number (0..128), minus it where its `sign`
+// is below 0. Without (null): the number (0..256) less 1. Others give any byte.
+LILLIPUT_INLINE void store_codes(uint8_t* p, const I* a, const I* sign) {
+  for (int i = 0; i < 4; ++i) {
+    I lane = _mm512_sub_epi32(a[i], iset1(1));
+    if (sign != nullptr) {
+      lane = _mm512_mask_sub_epi32(a[i], _mm512_movepi32_mask(sign[i]), _mm512_setzero_si512(), a[i]);
+      lane = iadd(lane, iset1(127));
+    }
+    _mm_storeu_si128((__m128i*)(p + i * kWidth), _mm512_cvtepi32_epi8(imax(lane, iset1(0))));
+  }
+}
+LILLIPUT_INLINE F look_up(const float* book, const uint8_t* p) {  // by kWidth codes; book [256]
+  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), book, 4);
+}
+struct Table8 {  // of 8 entries; the low 3 bits of an index count
+  F values;
+};
+LILLIPUT_INLINE Table8 table8(const float* p) {
+  return {_mm512_broadcast_f32x8(_mm256_loadu_ps(p))};
+}
+LILLIPUT_INLINE F lookup(Table8 t, I index) {
+  return _mm512_permutexvar_ps(index, t.values);
+}
+struct Squares {  // their sum in double
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+  LILLIPUT_INLINE void add(F a) {
+    const __m512d x = _mm512_cvtps_pd(_mm512_castps512_ps256(a)), y = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
+    low = _mm512_fmadd_pd(x, x, low);
+    high = _mm512_fmadd_pd(y, y, high);
+  }
+  LILLIPUT_INLINE double sum() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+};
+
 #elif defined(LILLIPUT_ISA_AVX2)
 
 constexpr int kWidth = 8;
@@ -322,6 +386,76 @@ LILLIPUT_INLINE void deinterleave(F low, F high, F& even, F& odd) {
   even = _mm256_shuffle_ps(x, y, 0x88);
   odd = _mm256_shuffle_ps(x, y, 0xDD);
 }
+
+LILLIPUT_INLINE F sub(F a, F b) {
+  return _mm256_sub_ps(a, b);
+}
+LILLIPUT_INLINE F sqrt(F a) {
+  return _mm256_sqrt_ps(a);
+}
+LILLIPUT_INLINE I isub(I a, I b) {
+  return _mm256_sub_epi32(a, b);
+}
+LILLIPUT_INLINE I ior(I a, I b) {
+  return _mm256_or_si256(a, b);
+}
+LILLIPUT_INLINE I iabs(I a) {
+  return _mm256_abs_epi32(a);
+}
+LILLIPUT_INLINE I times_high(I a, I b) {
+  return _mm256_mulhi_epu16(a, b);
+}
+LILLIPUT_INLINE I shift_right_by(I a, I n) {
+  return _mm256_srlv_epi32(a, n);
+}
+LILLIPUT_INLINE I shift_left_by(I a, I n) {
+  return _mm256_sllv_epi32(a, n);
+}
+LILLIPUT_INLINE I reduced(I a, I b) {
+  return _mm256_subs_epu16(a, b);
+}
+LILLIPUT_INLINE bool any_negative(I a) {
+  return _mm256_movemask_ps(_mm256_castsi256_ps(a)) != 0;
+}
+LILLIPUT_INLINE void store_codes(uint8_t* p, const I* a, const I* sign) {
+  I bytes;
+  if (sign == nullptr) {  // 256 less 1 before it is packed to 255; 0 stays 0
+    const I low = _mm256_packs_epi32(a[0], a[1]), high = _mm256_packs_epi32(a[2], a[3]), one = _mm256_set1_epi16(1);
+    bytes = _mm256_packus_epi16(_mm256_sub_epi16(low, one), _mm256_sub_epi16(high, one));
+  } else {  // packed, a number below 0 stays below 0
+    const I low = _mm256_packs_epi32(sign[0], sign[1]), high = _mm256_packs_epi32(sign[2], sign[3]);
+    const I below = _mm256_cmpgt_epi8(_mm256_setzero_si256(), _mm256_packs_epi16(low, high));
+    bytes = _mm256_packus_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(a[2], a[3]));
+    const I up = _mm256_add_epi8(_mm256_andnot_si256(below, bytes), _mm256_set1_epi8(127));
+    bytes = _mm256_subs_epu8(up, _mm256_and_si256(below, bytes));
+  }
+  _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+LILLIPUT_INLINE F look_up(const float* book, const uint8_t* p) {  // eight loads take 8 cycles, a gather 12
+  return _mm256_setr_ps(book[p[0]], book[p[1]], book[p[2]], book[p[3]], book[p[4]], book[p[5]], book[p[6]], book[p[7]]);
+}
+struct Table8 {
+  F values;
+};
+LILLIPUT_INLINE Table8 table8(const float* p) {
+  return {load(p)};
+}
+LILLIPUT_INLINE F lookup(Table8 t, I index) {
+  return _mm256_permutevar8x32_ps(t.values, index);
+}
+struct Squares {
+  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+  LILLIPUT_INLINE void add(F a) {
+    const __m256d x = _mm256_cvtps_pd(_mm256_castps256_ps128(a)), y = _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1));
+    low = _mm256_fmadd_pd(x, x, low);
+    high = _mm256_fmadd_pd(y, y, high);
+  }
+  LILLIPUT_INLINE double sum() const {
+    const __m256d both = _mm256_add_pd(low, high);
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(both), _mm256_extractf128_pd(both, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+};
 
 #else  // portable: gcc's and clang's own vectors, which become SSE2 or NEON registers
 
@@ -485,6 +619,67 @@ LILLIPUT_INLINE void deinterleave(F low, F high, F& even, F& odd) {
   even = F{low[0], low[2], high[0], high[2]};
   odd = F{low[1], low[3], high[1], high[3]};
 }
+
+LILLIPUT_INLINE F sub(F a, F b) {
+  return a - b;
+}
+LILLIPUT_INLINE F sqrt(F a) {
+  return F{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
+}
+LILLIPUT_INLINE I isub(I a, I b) {  // wraps around
+  typedef uint32_t U __attribute__((vector_size(16)));
+  return (I)((U)a - (U)b);
+}
+LILLIPUT_INLINE I ior(I a, I b) {
+  return a | b;
+}
+LILLIPUT_INLINE I iabs(I a) {
+  return isub(a ^ a >> 31, a >> 31);
+}
+LILLIPUT_INLINE I times_high(I a, I b) {
+  typedef uint32_t U __attribute__((vector_size(16)));
+  return (I)((U)a * (U)b >> 16);
+}
+LILLIPUT_INLINE I shift_right_by(I a, I n) {
+  return a >> n;
+}
+LILLIPUT_INLINE I shift_left_by(I a, I n) {
+  typedef uint32_t U __attribute__((vector_size(16)));
+  return (I)((U)a << (U)n);
+}
+LILLIPUT_INLINE I reduced(I a, I b) {
+  return imax(a - b, iset1(0));
+}
+LILLIPUT_INLINE bool any_negative(I a) {
+  return (a[0] | a[1] | a[2] | a[3]) < 0;
+}
+LILLIPUT_INLINE void store_codes(uint8_t* p, const I* a, const I* sign) {
+  for (int i = 0; i < 4 * kWidth; ++i) {
+    const int32_t lane = a[i / kWidth][i % kWidth];
+    int32_t code = lane - 1;
+    if (sign != nullptr) code = 127 + (sign[i / kWidth][i % kWidth] < 0 ? -lane : lane);
+    p[i] = (uint8_t)(code < 0 ? 0 : code);
+  }
+}
+LILLIPUT_INLINE F look_up(const float* book, const uint8_t* p) {
+  return F{book[p[0]], book[p[1]], book[p[2]], book[p[3]]};
+}
+struct Table8 {
+  const float* values;
+};
+LILLIPUT_INLINE Table8 table8(const float* p) {
+  return {p};
+}
+LILLIPUT_INLINE F lookup(Table8 t, I index) {
+  return F{t.values[index[0] & 7], t.values[index[1] & 7], t.values[index[2] & 7], t.values[index[3] & 7]};
+}
+struct Squares {
+  double lanes[kWidth] = {0};
+  LILLIPUT_INLINE void add(F a) {
+    for (int i = 0; i < kWidth; ++i) lanes[i] += (double)a[i] * a[i];
+  }
+  LILLIPUT_INLINE double sum() const { return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]); }
+};
 
 #endif
 

@@ -13,6 +13,7 @@ void add_linear_int8_products(Kernels& kernels);
 void add_swiglu(Kernels& kernels);
 void add_rms_norm(Kernels& kernels);
 void add_cross_entropy(Kernels& kernels);
+void add_optimizer(Kernels& kernels);
 }  // namespace portable
 namespace avx2 {
 void add_blockwise(Kernels& kernels);
@@ -23,6 +24,7 @@ void add_linear_int8_products(Kernels& kernels);
 void add_swiglu(Kernels& kernels);
 void add_rms_norm(Kernels& kernels);
 void add_cross_entropy(Kernels& kernels);
+void add_optimizer(Kernels& kernels);
 }  // namespace avx2
 namespace avx512 {
 void add_blockwise(Kernels& kernels);
@@ -33,6 +35,7 @@ void add_linear_int8_products(Kernels& kernels);
 void add_swiglu(Kernels& kernels);
 void add_rms_norm(Kernels& kernels);
 void add_cross_entropy(Kernels& kernels);
+void add_optimizer(Kernels& kernels);
 }  // namespace avx512
 namespace avx512vnni {  // the rest is avx512's
 void add_linear_int8_products(Kernels& kernels);

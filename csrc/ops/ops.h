@@ -7,12 +7,34 @@
 
 #include "core/blocks.h"
 #include "core/cpu.h"
+#include "ops/dynamic_tree.h"
 
 namespace lilliput {
 
 // The product kernel's tile: `rows` x `columns` sums stay in registers.
 struct Tile {
   int rows, columns;
+};
+
+// The optimizers of kernels/optimizer_rules.py, which has their equations.
+enum class OptimizerRule { adam, sgd, lion, rmsprop, adagrad, lamb, lars, ademamix };
+
+// A rule's hyper-parameters as its arithmetic takes them, rounded once to float; each rule reads some of them.
+struct Hyper {
+  float grad_scale, decay = 0, keep = 1;  // decay: added to the gradient, times p; keep: what p is multiplied by
+  float beta1 = 0, rest1 = 0, beta2 = 0, rest2 = 0, beta3 = 0, rest3 = 0;
+  // With c = sqrt(1 - b2^t), which Adam's quotient is multiplied by above and below: eps is c times the equations' in
+  // Adam, LAMB and AdEMAMix, correction is c / (1 - b1^t); rate is what the update is multiplied by, with its sign.
+  float eps = 0, correction = 1, alpha = 0, rate = 0;
+  bool nesterov = false;
+};
+
+// A parameter with its gradient and moments, flat: moments are float32, or codes with an absmax per block.
+struct OptimizerTensor {
+  Reals p, g;
+  int64_t numel;
+  void* moments[3];
+  float* absmax[3];  // null: float32
 };
 
 struct Kernels {
@@ -80,6 +102,14 @@ struct Kernels {
   void (*rms_norm_backward)(Reals grad, Reals x, const float* weight, float eps, int64_t columns, int64_t first,
                             int64_t last, Reals to_x, float* to_weight);
 
+  // optimizer.simd.cpp. Numbers first..last-1, `first` a multiple of the block; trees: signed, unsigned. Where `norms`
+  // is given nothing is written but the sums of squares of p and of what LAMB or LARS measure beside it.
+  void (*optimizer_step)(OptimizerRule rule, const Hyper& hyper, const OptimizerTensor& tensor, int64_t block,
+                         const DynamicTree* trees, int64_t first, int64_t last, double* norms);
+  // 4 vectors of numbers (64 are enough) in shares of absmax, for its test.
+  void (*dynamic_codes)(const float* x, float absmax, const DynamicTree& tree, uint8_t* codes);
+  double (*sum_of_squares)(Reals x, int64_t first, int64_t last);  // NaN or Inf where a number is not finite
+
   // cross_entropy.simd.cpp. Rows first..last-1 of [rows, columns], labels in 0..columns-1.
   void (*cross_entropy)(float* z, int64_t columns, const int64_t* labels, int64_t first, int64_t last, bool gradient,
                         float* losses);
@@ -140,5 +170,14 @@ void rms_norm_backward(Reals grad, Reals x, const float* weight, float eps, int6
 // softmax(z) - onehot(labels) where the gradient is wanted.
 void cross_entropy(float* z, int64_t rows, int64_t columns, const int64_t* labels, bool gradient, float* losses,
                    int threads);
+
+// Numbers that share an absmax are `block`: a multiple of 64, at most max_block. `values` are the rule's
+// hyper-parameters in the order of kernels/optimizer_rules.py, then grad_scale.
+int moments_of(OptimizerRule rule);
+int values_of(OptimizerRule rule);
+void optimizer_step(OptimizerRule rule, const double* values, const OptimizerTensor* tensors, int64_t count,
+                    int64_t block, const DynamicTree* trees, int threads);
+// sums[i] = the sum of squares of a tensor; NaN or Inf where one of its numbers is not finite.
+void gradient_norms(const Reals* tensors, const int64_t* numel, int64_t count, double* sums, int threads);
 
 }  // namespace lilliput

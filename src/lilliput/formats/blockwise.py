@@ -86,6 +86,28 @@ def quantize_dynamic8(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(-1)[: x.numel()], absmax
 
 
+def quantize_dynamic(x: Tensor, codebook: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 [n], and absmax, float32 [ceil(n / block)], of x float32 [n] in a codebook of 256 ascending values.
+
+    What the 8-bit optimizers keep their moments in (arXiv 2110.02861, section 2). A number times the reciprocal of its
+    block's absmax takes the nearest code; half-way between two values, the one nearer to zero. A block of zeros has
+    absmax 0 and the codes of zero. Not `quantize_dynamic8`, which rounds to a grid first.
+    """
+    blocks = -(x.numel() // -block)
+    padded = torch.nn.functional.pad(x, (0, blocks * block - x.numel())).view(blocks, block)
+    absmax = padded.abs().amax(dim=1)
+    scaled = padded * (1.0 / absmax.clamp(min=_SMALLEST_ABSMAX))[:, None]
+    bounds, _ = rounding_table(codebook.to(x.device))
+    codes = torch.where(scaled < 0, torch.bucketize(scaled, bounds, right=True), torch.bucketize(scaled, bounds))
+    return codes.to(torch.uint8).view(-1)[: x.numel()], absmax
+
+
+def dequantize_dynamic(codes: Tensor, absmax: Tensor, codebook: Tensor, block: int) -> Tensor:
+    """codebook[code] * absmax of the block: float32 of the codes' shape; `codes` uint8, `absmax` float32 [blocks]."""
+    values = codebook.to(codes.device)[codes.reshape(-1).long()]
+    return (values * absmax.repeat_interleave(block)[: values.numel()]).view(codes.shape)
+
+
 def check_finite(x: Tensor) -> None:
     """Refuse what no block can hold.
 
