@@ -50,7 +50,7 @@ def main() -> int:
             parser.error(f"no benchmark '{name}'" + (f"; did you mean '{near[0]}'?" if near else f"; {names()}"))
     if arguments.list:
         for name in names():
-            print(f"{name:<16}{about(name)}")
+            print(f"{name:<20}{about(name)}")
         return 0
     failed = []
     for name in arguments.names or names():

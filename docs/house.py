@@ -11,7 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "lilliput"
-ROOMS = ("formats", "kernels", "layers", "lora", "models", "data", "training", "generation", "evaluation", "cli")
+ROOMS = (
+    "formats", "kernels", "layers", "lora", "optim", "models", "data", "training", "generation", "evaluation", "cli",
+)  # fmt: skip
 WIDTH = 110  # characters of a docstring's first sentence that fit behind a file name
 
 

@@ -314,3 +314,83 @@ def test_each_stack_of_a_training_step_has_a_base_and_says_what_it_needs() -> No
     peers = {name for name in step.STACKS if not name.startswith("lilliput")}
     assert set(step.BASES) == set(step.NEEDS) == peers
     assert set(step.FORMATS) < set(step.STACKS) - peers
+
+
+# ---- optimizers ----
+
+
+def test_a_trial_of_optimizer_step_has_all_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    common, step = load("common"), load("optimizer_step")
+    monkeypatch.setattr(step, "SHAPE", (64, 128))
+    monkeypatch.setattr(step, "in_process", lambda _, **arguments: step.child(**arguments))
+    monkeypatch.setattr(step, "not_installed", lambda *packages: f"not installed: {packages[0]}" if packages else "")
+    made = step.run(Namespace(tensors=2, seconds=0.001, rounds=2, sides=list(step.SIDES)))
+    rows = {row.who: row for row in made.rows}
+    assert set(rows) == {name for name, _, _ in step.SIDES.values()}
+    assert rows["torchao AdamW8bit"].missing == "not installed: torchao"
+    assert rows["Lilliput"].samples["bytes"] == [2 + 8 / 256] * 2  # two codes, and two absmax a block of 256
+    assert rows["Lilliput, paged, half of the state in memory"].samples["bytes"] == [2 + 8 / 256] * 2
+    assert rows["Lilliput, 32 bits"].samples["bytes"] == [8.0] * 2
+    assert rows["torch AdamW, fused"].samples["bytes"][0] == pytest.approx(8, abs=0.01)  # and its steps
+    assert set(common.ratios(made, rows["torch AdamW"], "Lilliput")) == {"ms"}
+
+
+def test_the_tensor_wise_optimizer_of_the_ablation_is_ours_with_one_block() -> None:
+    ablation, optim = load("optimizer_ablation"), importlib.import_module("lilliput.optim")
+    torch.manual_seed(0)
+    pairs = [nn.Parameter(torch.randn(64, 64)) for _ in range(2)]
+    pairs[1].data.copy_(pairs[0])
+    theirs = ablation.TensorWise([("w", pairs[0])], 1e-2, ablation.codebooks.dynamic8)
+    mine = ablation.ours([("w", pairs[1])], 1e-2, optim.AdamW8bit, block=4096)
+    for _ in range(5):
+        for parameter in pairs:
+            parameter.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+        theirs.step()
+        mine.step()
+    codes = [kept[0] for kept in theirs.state[pairs[0]]["moments"]]
+    for a, name in zip(codes, ("exp_avg", "exp_avg_sq"), strict=True):
+        assert (a == mine.state[pairs[1]][name]).float().mean() > 0.999
+    torch.testing.assert_close(pairs[0], pairs[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_trial_of_the_ablation_has_all_variants(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ablation = load("optimizer_ablation")
+    for name, value in {
+        "VOCABULARY": 300,
+        "HIDDEN": 16,
+        "LAYERS": 1,
+        "TOKENS": 8,
+        "ROWS": 2,
+        "EVALUATION_ROWS": 4,
+    }.items():
+        monkeypatch.setattr(ablation, name, value)
+    ids = torch.arange(400) % 50
+    monkeypatch.setattr(ablation, "texts", lambda: (ids, ids))
+    seen = []
+
+    def adapter(side: str, rows: int, held_out: int) -> tuple[list[float], dict[str, float]]:
+        seen.append((side, rows, held_out))
+        return [3.0, 2.0, 1.0], {"loss": 1.5, "diverged": 0.0, "s": 1.0}
+
+    monkeypatch.setattr(ablation, "train_adapter", adapter)
+    picture = tmp_path / "new" / "curves.png"
+    sides = [*ablation.VARIANTS, *ablation.QLORA]
+    arguments = Namespace(steps=3, lr=1e-3, rows=5, held_out=2, sides=sides, plot=picture, rounds=2)
+    made = ablation.run(arguments)
+    assert [row.who for row in made.rows] == [v.name for v in ablation.VARIANTS.values()] + ["32 bits", "AdamW8bit"]
+    assert [len(row.samples["loss"]) for row in made.rows] == [2] * 7 + [1, 1]
+    assert all(loss <= 5.71 for row in made.rows for loss in row.samples["loss"])  # ln 300: that of guessing
+    assert seen == [("qlora", 5, 2), ("qlora-8bit", 5, 2)]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert any(
+        line.startswith("AdamW8bit: 1.5000 ± 0.0000; 0 of 1 diverged; +0.00 % of 32 bits") for line in made.notes
+    )
+
+
+def test_a_run_of_the_ablation_that_is_not_finite_counts_as_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    ablation = load("optimizer_ablation")
+    monkeypatch.setattr(ablation, "texts", lambda: (torch.arange(2000) % 50, torch.arange(2000) % 50))
+    monkeypatch.setattr(ablation, "EVALUATION_ROWS", 8)
+    curve, figures = ablation.train(ablation.VARIANTS["fp32"], 0, 4, lr=1e30)
+    assert len(curve) < 4
+    assert (figures["diverged"], figures["loss"]) == (1.0, pytest.approx(8.3178, abs=1e-3))

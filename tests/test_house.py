@@ -17,12 +17,13 @@ ARROWS: dict[str, set[str]] = {
     "kernels": {"formats"},
     "layers": {"formats", "kernels"},
     "lora": {"formats", "kernels", "layers"},
+    "optim": {"formats", "kernels"},
     "models": {"formats", "kernels", "layers"},
     "data": set(),
-    "training": {"formats", "kernels", "layers", "lora", "models", "data"},
+    "training": {"formats", "kernels", "layers", "lora", "optim", "models", "data"},
     "generation": {"formats", "kernels", "layers", "lora", "models", "data"},
     "evaluation": {"formats", "kernels", "layers", "models", "generation", "data"},
-    "cli": {"formats", "kernels", "layers", "lora", "models", "data", "training", "generation", "evaluation"},
+    "cli": {"formats", "kernels", "layers", "lora", "optim", "models", "data", "training", "generation", "evaluation"},
 }
 
 

@@ -363,15 +363,17 @@ static void dynamic_codes(const float* x, float absmax, const DynamicTree& tree,
 
 static double sum_of_squares(Reals x, int64_t first, int64_t last) {
   alignas(64) float values[kRun];
-  Squares squares;
+  Squares squares[4];  // sums that do not wait for each other
   for (int64_t start = first; start < last; start += kRun) {
     const int64_t count = last - start < kRun ? last - start : kRun;
     const float* v = floats(x, start, count, values);
+    fetch(x.data, (start + kRun) * bytes_of(x.kind), kRun * bytes_of(x.kind));
     int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) squares.add(load(v + i));
-    if (i < count) squares.add(load_first(v + i, count - i));
+    for (; i + kStride <= count; i += kStride)
+      for (int part = 0; part < 4; ++part) squares[part].add(load(v + i + part * kWidth));
+    for (; i < count; i += kWidth) squares[0].add(load_first(v + i, count - i < kWidth ? count - i : kWidth));
   }
-  return squares.sum();
+  return (squares[0].sum() + squares[1].sum()) + (squares[2].sum() + squares[3].sum());
 }
 
 void add_optimizer(Kernels& kernels) {

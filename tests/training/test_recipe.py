@@ -33,6 +33,7 @@ def test_guanaco_is_the_papers() -> None:
     assert (recipe.train.batch_size * recipe.train.accumulation, recipe.train.max_steps) == (16, 1875)
     assert recipe.model.format == "nf4"
     assert FORMATS["nf4"].option("double_quant", recipe.model.double_quant) is True
+    assert (recipe.optim.name, recipe.optim.bits, recipe.optim.paged) == ("adamw", 32, True)  # paged_adamw_32bit
 
 
 def test_alpaca_loras_are_those_of_its_script() -> None:
@@ -99,6 +100,11 @@ def test_a_file_says_only_what_differs(tmp_path: Path) -> None:
         ("train.epochs=-1", "train.epochs=-1.*greater than 0"),
         ("train.schedule=cosin", "expected one of 'constant', 'linear', 'cosine'"),
         ("model.format=nf5", "expected one of 'nf4', 'fp4', 'int8', 'none'"),
+        ("optim.bits=4", "optim.bits=4: input should be 8 or 32"),
+        ("optim.name=adamw8bit", "expected one of 'adamw', 'adam', 'sgd'"),
+        ("optim.budget=2GB", "optim.budget is of paged state. Set optim.paged=true"),
+        ("train.optim=adamw_8bit", r"did you mean optim.name\?"),
+        ("model.bits=4", r"did you mean model.format\?"),
         ("train.epochs", "not of the form section.key=value"),
         ("lora.target_modules=[", "no YAML"),
     ],

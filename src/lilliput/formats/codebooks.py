@@ -1,4 +1,4 @@
-"""The lists of values that codes stand for, computed from their definitions: NF4, FP4, int8 and the dynamic tree.
+"""The lists of values that codes stand for, computed from their definitions: NF4, FP4, int8, the dynamic tree.
 
 Sources: NF4 is QLoRA (arXiv 2305.14314, section 3 and appendix E); the dynamic tree is 8-bit Optimizers via Block-wise
 Quantization (arXiv 2110.02861, section 2); FP4 has one sign, two exponent and one mantissa bit, in the code order that
@@ -15,6 +15,8 @@ from statistics import NormalDist
 
 import torch
 from torch import Tensor
+
+from lilliput.errors import FormatError
 
 # The outermost probability, 1 - (1/32 + 1/30) / 2, with the seven digits that the published table was made with.
 _NF4_OUTERMOST = 0.9677083
@@ -67,6 +69,33 @@ def dynamic8(signed: bool = True) -> Tensor:
         if signed:
             values += [-value for value in midpoints]
     return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@cache
+def linear8(signed: bool = True) -> Tensor:
+    """Equal steps over [-1, 1], float32 [255], or over [0, 1], float32 [256]; to compare the dynamic tree with."""
+    return int8() if signed else torch.arange(256, dtype=torch.float32) / 255
+
+
+def quantile8(sample: Tensor) -> Tensor:
+    """Quantile quantization: 256 values that numbers like those of `sample` take equally often. float32 [256].
+
+    Edges cut the sorted sample into 256 equal parts; the values are the middles between neighbouring edges, scaled to
+    reach 1, ascending; zero is no value of its own. arXiv 2110.02861, section 1.3, where edges are at i / 257, so that
+    the two ends differ. For comparison: values follow one sample, and dense ones are closer than their numbers need.
+
+    Raises FormatError for a sample that is empty, of zeros alone or not finite.
+    """
+    ordered = sample.detach().reshape(-1).double().sort().values
+    if not ordered.numel() or not ordered.isfinite().all() or not ordered.any():
+        raise FormatError(
+            f"no quantiles of a sample of {ordered.numel()} numbers", todo="Give finite numbers, not all zero."
+        )
+    places = torch.linspace(0, ordered.numel() - 1, 257, dtype=torch.float64, device=ordered.device)
+    below, above = ordered[places.long()], ordered[places.ceil().long()]
+    edges = below + (above - below) * places.frac()
+    values = (edges[:-1] + edges[1:]) / 2
+    return (values / values.abs().max()).float()
 
 
 def _grid(start: float, end: float, count: int) -> list[float]:

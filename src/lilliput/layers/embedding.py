@@ -2,7 +2,7 @@
 
 Source: LLM.int8(), arXiv 2208.07339, quantizes linear layers only; here its rows serve tables too, when asked for
 (`embeddings=True`). A head that is tied to the table is a QuantizedLinear on the same codes (`QuantizedWeight.share`).
-Not here: StableEmbedding, training of the table; it is frozen.
+Not here: training of the table, which is frozen; a table to train from scratch (`stable_embedding.py`).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from lilliput.training.loop import (
     train_or_resume,
     within_positions,
 )
+from lilliput.training.optimizer import make_optimizer
 from lilliput.training.recipe import Recipe
 from lilliput.training.report import ClassifyResult, plot, read_journal, write_report, write_versions
 from lilliput.training.resume import RUN_FILE, alone, claim, finish
@@ -242,6 +244,7 @@ def _train(loss: ClassLoss, data: _Data, recipe: Recipe, out: Path, checkpoint: 
             pad_token_id=_pad(loss.model),
             train_dataset=Rows(data.train, step_rows=train.batch_size * train.accumulation, seed=train.seed),
             eval_dataset=held_out or None,
+            make=partial(make_optimizer, optim=recipe.optim, train=train),
             callbacks=callbacks,
         )
 

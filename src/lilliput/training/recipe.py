@@ -1,8 +1,8 @@
 """A recipe: everything a run depends on, beside the model and the data. Configuration stops here.
 
-A recipe is a YAML file with four sections (model, lora, data, train). A file says only what differs from the recipe it
-names under `like` (`qlora` when it names none); `--set section.key=value` changes one value on top. Unknown keys are
-refused.
+A recipe is a YAML file with five sections (model, lora, data, train, optim). A file says only what differs from the
+recipe it names under `like` (`qlora` when it names none); `--set section.key=value` changes one value on top. Unknown
+keys are refused.
 Not here: what the lora fields mean (lora/config.py has them under PEFT's names).
 """
 
@@ -23,6 +23,7 @@ from lilliput.files import write_text
 from lilliput.formats import FORMATS
 from lilliput.lora import LoraConfig
 from lilliput.lora.config import NOT_SUPPORTED
+from lilliput.optim.paging import parse_bytes
 
 DEFAULT = "qlora"
 RECIPE_OF_TASK = {"chat": DEFAULT, "classify": "classify"}  # the recipe of a task where none is named
@@ -54,6 +55,8 @@ _CALLED_ELSEWHERE = {
     "val_set_size": "eval_fraction",
     "quantization": "format",
     "bits": "format",
+    "optim": "name",
+    "optimizer": "name",
 }
 # Fields of LoraConfig that a run fills in itself.
 _FILLED_BY_US = ("inference_mode", "base_model_name_or_path", "fan_in_fan_out", "task_type")
@@ -115,9 +118,9 @@ class TrainSection(Section):
     learning_rate: float = Field(2e-4, gt=0, description="at the end of the warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="learning rate after the warm-up")
     warmup: float = Field(0.03, ge=0, description="below 1: share of all steps; from 1: number of steps")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's memory of the mean gradient")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's memory of the squared gradient")
+    weight_decay: float = Field(0.0, ge=0, description="the optimizer's; AdamW's is decoupled")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="adamw, adam, lamb: memory of the mean gradient")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="adamw, adam, lamb: of the squared gradient")
     max_grad_norm: float = Field(1.0, ge=0, description="longer gradients are scaled down to it; 0: never")
     gradient_checkpointing: bool = Field(False, description="compute activations twice and keep few: a third slower")
     reuse_prefix: Literal["auto", "on", "off"] = Field(
@@ -137,6 +140,31 @@ class TrainSection(Section):
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+class OptimSection(Section):
+    """Which optimizer, and where its state lives."""
+
+    name: Literal["adamw", "adam", "sgd", "lion", "rmsprop", "adagrad", "lamb", "lars", "ademamix"] = Field(
+        "adamw", description="adamw with bits 32, not paged, is torch's fused one; all others are ours"
+    )
+    bits: Literal[8, 32] = Field(32, description="of each moment; 8: small tensors and embeddings keep 32")
+    paged: bool = Field(False, description="keep moments in a mapped file, of which budget stays in memory")
+    budget: int | str | None = Field(None, description='paged: "2GB", "512MiB" or bytes; null: the system decides')
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd and lars: the memory of the gradient")
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether torch's fused AdamW is meant, the default."""
+        return (self.name, self.bits, self.paged) == ("adamw", 32, False)
+
+    @model_validator(mode="after")
+    def _budget_of_pages(self) -> OptimSection:
+        if self.budget is not None:
+            if not self.paged:
+                raise UsageError("optim.budget is of paged state", todo="Set optim.paged=true.")
+            parse_bytes(self.budget)
+        return self
+
+
 class Recipe(Section):
     """A complete training configuration. `load_recipe` reads one; `dump` writes one down."""
 
@@ -144,6 +172,7 @@ class Recipe(Section):
     lora: LoraConfig = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     data: DataSection = Field(default_factory=DataSection)
     train: TrainSection = Field(default_factory=TrainSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
 
     @model_validator(mode="after")
     def _what_fits_the_task(self) -> Recipe:

@@ -37,6 +37,7 @@ from lilliput.training.loop import (
     train_or_resume,
     within_positions,
 )
+from lilliput.training.optimizer import make_optimizer
 from lilliput.training.prefix import plan
 from lilliput.training.recipe import Recipe
 from lilliput.training.report import RunResult, plot, read_journal, write_report, write_versions
@@ -231,6 +232,7 @@ def _train(
             pad_token_id=pad_id(tokenizer, loss.model),
             train_dataset=Rows(rows, step_rows=train.batch_size * train.accumulation, seed=train.seed),
             eval_dataset=held_out or None,
+            make=partial(make_optimizer, optim=recipe.optim, train=train),
             callbacks=callbacks,
         )
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 Batch: TypeAlias = dict[str, Tensor]
 Collate: TypeAlias = Callable[[Sequence[Pack], int], Batch]
+MakeOptimizer: TypeAlias = Callable[[nn.Module, Sequence[str]], Optimizer | None]
 
 _SAMPLE = Pack([0] * 7, [False] * 7, [0, 1, 2, 0, 1, 2, 3], [0, 0, 0, 1, 1, 1, 1])  # two sequences in a row
 _POOL = 64  # steps whose rows are sorted by length together: little padding, and still a new mixture each epoch
@@ -281,13 +283,25 @@ class RunTrainer(Trainer):
     """The Trainer of a run, whatever is learned: counts tokens, ends on a loss that is no number, saves what it trains.
 
     A batch says under `tokens` how many are no padding.
+
+    Args:
+        model, args, kwargs: as the Trainer's.
+        make: the optimizer, from what is trained and the names of what decays; None, or a None from it: the Trainer's.
     """
 
-    def __init__(self, model: Loss, args: TrainingArguments, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Loss, args: TrainingArguments, *, make: MakeOptimizer | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model=model, args=args, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.loss = model
+        self.loss, self.make = model, make
         self.step_tokens = 0  # since the journal took them last
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The recipe's optimizer, or the Trainer's own."""
+        if self.optimizer is None and self.make is not None:
+            self.optimizer = self.make(self.loss, self.get_decay_parameter_names(self.loss))
+        return super().create_optimizer(model)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """As the Trainer's, but tokens are counted, and a loss that is no number ends the run before it does harm."""
@@ -370,7 +384,7 @@ def make_arguments(
         learning_rate=train.learning_rate,
         lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
         warmup_steps=train.warmup,
-        optim="adamw_torch_fused",
+        optim="adamw_torch_fused",  # where the recipe's section `optim` names no other (optimizer.py)
         weight_decay=train.weight_decay,
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
