@@ -241,49 +241,77 @@ OptimizerRule optimizer_rule(const std::string& name) {
   throw std::invalid_argument("unknown optimizer rule");
 }
 
+// Long lists of tensors come as numbers, three a tensor: address, size and type (0 float32, 1 float16, 2 bfloat16, 3
+// uint8). A DLPack array takes 3 us to cross, and a model's adapters have 420 tensors with five more each. The caller
+// keeps the tensors alive and has them contiguous.
+constexpr int64_t kBytes = 3;
+
+struct Addressed {
+  const std::vector<int64_t>& numbers;
+
+  explicit Addressed(const std::vector<int64_t>& numbers) : numbers(numbers) {
+    need(numbers.size() % 3 == 0, "a list of tensors has three numbers a tensor");
+    for (size_t i = 0; i < count(); ++i) {
+      need(size(i) >= 0 && (numbers[3 * i] != 0 || size(i) == 0), "a tensor without memory");
+      need(type(i) >= 0 && type(i) <= kBytes, "a tensor of an unknown type");
+    }
+  }
+  size_t count() const { return numbers.size() / 3; }
+  void* data(size_t i) const { return reinterpret_cast<void*>(numbers[3 * i]); }
+  int64_t size(size_t i) const { return numbers[3 * i + 1]; }
+  int64_t type(size_t i) const { return numbers[3 * i + 2]; }
+  Reals reals(size_t i) const {
+    need(type(i) != kBytes, "reals must be float32, float16 or bfloat16");
+    constexpr Real kinds[] = {Real::f32, Real::f16, Real::bf16};
+    return {data(i), kinds[type(i)]};
+  }
+};
+
 // moments and absmax are flat: those of the first parameter, then those of the next; absmax is empty for float32
 // moments.
-void py_optimizer_step(const std::string& name, const std::vector<Any>& params, const std::vector<Any>& grads,
-                       const std::vector<Any>& moments, const std::vector<Any>& absmax,
-                       const std::vector<double>& values, const Flat<const float>& signed_book,
-                       const Flat<const float>& unsigned_book, int64_t block, int threads) {
+void py_optimizer_step(const std::string& name, const std::vector<int64_t>& param_list,
+                       const std::vector<int64_t>& grad_list, const std::vector<int64_t>& moment_list,
+                       const std::vector<int64_t>& absmax_list, const std::vector<double>& values,
+                       const Flat<const float>& signed_book, const Flat<const float>& unsigned_book, int64_t block,
+                       int threads) {
+  const Addressed params(param_list), grads(grad_list), moments(moment_list), absmax(absmax_list);
   const OptimizerRule rule = optimizer_rule(name);
   const auto each = static_cast<size_t>(moments_of(rule));
-  const bool eight = !absmax.empty();
+  const bool eight = absmax.count() > 0;
   need(block >= 64 && block <= max_block && block % 64 == 0, "block: a multiple of 64, at most 4096");
   need(static_cast<int>(values.size()) == values_of(rule), "hyper-parameters: wrong number");
   need(size(signed_book) == 256 && size(unsigned_book) == 256, "books: 256 values");
-  need(grads.size() == params.size() && moments.size() == each * params.size(), "lists: wrong lengths");
-  need(!eight || absmax.size() == moments.size(), "absmax: wrong length");
+  need(grads.count() == params.count() && moments.count() == each * params.count(), "lists: wrong lengths");
+  need(!eight || absmax.count() == moments.count(), "absmax: wrong length");
   std::vector<OptimizerTensor> tensors;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const int64_t numel = size(params[i]);
-    need(size(grads[i]) == numel, "a gradient has another size than its parameter");
-    OptimizerTensor tensor{reals(params[i]), reals(grads[i]), numel, {}, {}};
+  for (size_t i = 0; i < params.count(); ++i) {
+    const int64_t numel = params.size(i);
+    need(grads.size(i) == numel, "a gradient has another size than its parameter");
+    OptimizerTensor tensor{params.reals(i), grads.reals(i), numel, {}, {}};
     for (size_t j = 0; j < each; ++j) {
-      const Any& moment = moments[i * each + j];
-      need(size(moment) == numel, "a moment has another size than its parameter");
-      need(moment.dtype() == (eight ? nb::dtype<uint8_t>() : nb::dtype<float>()), "moments: wrong type");
-      tensor.moments[j] = moment.data();
+      const size_t at = i * each + j;
+      need(moments.size(at) == numel, "a moment has another size than its parameter");
+      need(moments.type(at) == (eight ? kBytes : 0), "moments: wrong type");
+      tensor.moments[j] = moments.data(at);
       if (!eight) continue;
-      const Any& scales = absmax[i * each + j];
-      need(scales.dtype() == nb::dtype<float>() && size(scales) == blocks_in(numel, block), "absmax: wrong");
-      tensor.absmax[j] = static_cast<float*>(scales.data());
+      need(absmax.type(at) == 0 && absmax.size(at) == blocks_in(numel, block), "absmax: wrong");
+      tensor.absmax[j] = static_cast<float*>(absmax.data(at));
     }
-    tensors.push_back(tensor);
+    if (numel > 0) tensors.push_back(tensor);
   }
   nb::gil_scoped_release released;
   const DynamicTree trees[] = {{signed_book.data(), true}, {unsigned_book.data(), false}};
   optimizer_step(rule, values.data(), tensors.data(), static_cast<int64_t>(tensors.size()), block, trees, threads);
 }
 
-void py_gradient_norms(const std::vector<Any>& grads, Flat<double> sums, int threads) {
-  need(sums.size() == grads.size(), "sums: wrong size");
+void py_gradient_norms(const std::vector<int64_t>& grad_list, Flat<double> sums, int threads) {
+  const Addressed grads(grad_list);
+  need(sums.size() == grads.count(), "sums: wrong size");
   std::vector<Reals> tensors;
   std::vector<int64_t> numel;
-  for (const Any& grad : grads) {
-    tensors.push_back(reals(grad));
-    numel.push_back(size(grad));
+  for (size_t i = 0; i < grads.count(); ++i) {
+    tensors.push_back(grads.reals(i));
+    numel.push_back(grads.size(i));
   }
   nb::gil_scoped_release released;
   gradient_norms(tensors.data(), numel.data(), static_cast<int64_t>(numel.size()), sums.data(), threads);

@@ -21,7 +21,7 @@ from lilliput.formats import DYNAMIC8
 from lilliput.formats import blockwise as reference
 from lilliput.formats.codebooks import dynamic8
 from lilliput.kernels import dispatch
-from lilliput.kernels.core import arrays
+from lilliput.kernels.core import addresses, arrays
 from lilliput.kernels.optimizer_rules import RULES, Rule
 
 MAX_BLOCK = 4096  # csrc/ops/ops.h: the kernel keeps a block's moments on the stack
@@ -207,13 +207,14 @@ def _step_core(
     block: int,
 ) -> None:
     signed, unsigned = arrays(dynamic8(True), dynamic8(False))
-    lists = [arrays(*tensors) for tensors in (params, grads, moments, absmax)]
+    lists = [addresses(tensors) for tensors in (params, grads, moments, absmax)]
     core.optimizer_step(rule, *lists, hyper, signed, unsigned, block, torch.get_num_threads())
 
 
 def _norms_core(core: ModuleType, grads: list[Tensor]) -> Tensor:
     sums = torch.empty(len(grads), dtype=torch.float64)
-    core.gradient_norms(arrays(*grads), *arrays(sums), torch.get_num_threads())
+    grads = [g.contiguous() for g in grads]
+    core.gradient_norms(addresses(grads), *arrays(sums), torch.get_num_threads())
     return sums
 
 
