@@ -370,7 +370,7 @@ class BlockwiseOptimizer(Optimizer):
             for key, value in kept.items():
                 if self.paged and key != NORMS and isinstance(value, (AsStored, Tensor)):
                     tensor = value.tensor if isinstance(value, AsStored) else value
-                    kept[key] = self._pages_of(parameter).empty(tensor.shape, tensor.dtype).copy_(tensor)
+                    kept[key] = self._pages_of(parameter).copied(tensor)
                 elif isinstance(value, AsStored):
                     kept[key] = value.unwrapped()
         for pages in old.values():
