@@ -209,8 +209,8 @@ LILLIPUT_INLINE void store_codes(uint8_t* p, const I* a, const I* sign) {
     _mm_storeu_si128((__m128i*)(p + i * kWidth), _mm512_cvtepi32_epi8(imax(lane, iset1(0))));
   }
 }
-LILLIPUT_INLINE F look_up(const float* book, const uint8_t* p) {  // by kWidth codes; book [256]
-  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), book, 4);
+LILLIPUT_INLINE F values_of(const float* book, const uint8_t* p) {  // of kWidth codes; book [256]
+  return gather(book, load_bytes(p));
 }
 struct Table8 {  // of 8 entries; the low 3 bits of an index count
   F values;
@@ -431,7 +431,7 @@ LILLIPUT_INLINE void store_codes(uint8_t* p, const I* a, const I* sign) {
   }
   _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
-LILLIPUT_INLINE F look_up(const float* book, const uint8_t* p) {  // eight loads take 8 cycles, a gather 12
+LILLIPUT_INLINE F values_of(const float* book, const uint8_t* p) {  // eight loads take 8 cycles, a gather 12
   return _mm256_setr_ps(book[p[0]], book[p[1]], book[p[2]], book[p[3]], book[p[4]], book[p[5]], book[p[6]], book[p[7]]);
 }
 struct Table8 {
@@ -661,8 +661,8 @@ LILLIPUT_INLINE void store_codes(uint8_t* p, const I* a, const I* sign) {
     p[i] = (uint8_t)(code < 0 ? 0 : code);
   }
 }
-LILLIPUT_INLINE F look_up(const float* book, const uint8_t* p) {
-  return F{book[p[0]], book[p[1]], book[p[2]], book[p[3]]};
+LILLIPUT_INLINE F values_of(const float* book, const uint8_t* p) {
+  return gather(book, load_bytes(p));
 }
 struct Table8 {
   const float* values;

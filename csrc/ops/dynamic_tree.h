@@ -5,7 +5,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
+
+#include "core/blocks.h"
 
 namespace lilliput {
 
@@ -38,8 +39,8 @@ struct DynamicTree {
   }
 
   // The code of a number in shares of its block's absmax; half-way between two values, the one nearer to zero.
-  uint8_t code_of(float scaled) const {
-    const float magnitude = std::fabs(scaled);
+  LILLIPUT_INLINE uint8_t code_of(float scaled) const {
+    const float magnitude = scaled < 0 ? -scaled : scaled;
     int k = 0;
     for (int step = 128; step > 0; step /= 2)
       if (magnitude > bound[k + step - 1]) k += step;

@@ -24,14 +24,20 @@ std::vector<Run> runs_of(int64_t count, int64_t each, const Numel& numel) {
   return runs;
 }
 
-void set_adam(Hyper& h, double beta1, double beta2, double eps, double step) {
-  const double c = std::sqrt(1.0 - std::pow(beta2, step));
+void set_betas(Hyper& h, double beta1, double beta2) {
   h.beta1 = static_cast<float>(beta1);
   h.rest1 = static_cast<float>(1.0 - beta1);
   h.beta2 = static_cast<float>(beta2);
   h.rest2 = static_cast<float>(1.0 - beta2);
-  h.correction = static_cast<float>(c / (1.0 - std::pow(beta1, step)));
-  h.eps = static_cast<float>(eps * c);
+}
+
+// v: lr beta1 beta2 eps weight_decay step, as Adam, LAMB and AdEMAMix begin; returns sqrt(1 - b2^t).
+double set_adam(Hyper& h, const double* v) {
+  const double c = std::sqrt(1.0 - std::pow(v[2], v[5]));
+  set_betas(h, v[1], v[2]);
+  h.correction = static_cast<float>(c / (1.0 - std::pow(v[1], v[5])));
+  h.eps = static_cast<float>(v[3] * c);
+  return c;
 }
 
 Hyper prepared(OptimizerRule rule, const double* v) {
@@ -40,9 +46,8 @@ Hyper prepared(OptimizerRule rule, const double* v) {
   h.rate = static_cast<float>(-lr);
   switch (rule) {
     case OptimizerRule::adam:  // lr beta1 beta2 eps weight_decay step decoupled
-      set_adam(h, v[1], v[2], v[3], v[5]);
       (v[6] != 0 ? h.keep : h.decay) = static_cast<float>(v[6] != 0 ? 1.0 - lr * v[4] : v[4]);
-      h.rate = static_cast<float>(-lr * std::sqrt(1.0 - std::pow(v[2], v[5])) / (1.0 - std::pow(v[1], v[5])));
+      h.rate = static_cast<float>(-lr * set_adam(h, v) / (1.0 - std::pow(v[1], v[5])));
       break;
     case OptimizerRule::sgd: {  // lr momentum dampening nesterov weight_decay step
       const bool fresh = v[5] == 1;
@@ -54,7 +59,7 @@ Hyper prepared(OptimizerRule rule, const double* v) {
       break;
     }
     case OptimizerRule::lion:  // lr beta1 beta2 weight_decay
-      set_adam(h, v[1], v[2], 0, 1);
+      set_betas(h, v[1], v[2]);
       h.keep = static_cast<float>(1.0 - lr * v[3]);
       break;
     case OptimizerRule::rmsprop:  // lr alpha eps weight_decay
@@ -68,7 +73,7 @@ Hyper prepared(OptimizerRule rule, const double* v) {
       h.decay = static_cast<float>(v[2]);
       break;
     case OptimizerRule::lamb:  // lr beta1 beta2 eps weight_decay step
-      set_adam(h, v[1], v[2], v[3], v[5]);
+      set_adam(h, v);
       h.decay = static_cast<float>(v[4]);
       break;
     case OptimizerRule::lars:  // lr momentum weight_decay trust_coefficient eps
@@ -76,11 +81,10 @@ Hyper prepared(OptimizerRule rule, const double* v) {
       h.decay = static_cast<float>(v[2]);
       break;
     case OptimizerRule::ademamix:  // lr beta1 beta2 eps weight_decay step beta3 alpha
-      set_adam(h, v[1], v[2], v[3], v[5]);
       h.keep = static_cast<float>(1.0 - lr * v[4]);
       h.beta3 = static_cast<float>(v[6]);
       h.rest3 = static_cast<float>(1.0 - v[6]);
-      h.alpha = static_cast<float>(v[7] * std::sqrt(1.0 - std::pow(v[2], v[5])));
+      h.alpha = static_cast<float>(v[7] * set_adam(h, v));
       break;
   }
   return h;

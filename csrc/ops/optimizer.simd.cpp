@@ -191,7 +191,7 @@ LILLIPUT_INLINE void open_codes(const Block& b, int64_t padded, const DynamicTre
   for (int j = 0; j < R::kMoments; ++j) {
     const float* book = trees[j < R::kSigned ? 0 : 1].book;
     const F absmax = set1(*b.absmax[j]);
-    for (int64_t i = 0; i < padded; i += kWidth) store(b.values[j] + i, mul(look_up(book, b.codes[j] + i), absmax));
+    for (int64_t i = 0; i < padded; i += kWidth) store(b.values[j] + i, mul(values_of(book, b.codes[j] + i), absmax));
   }
 }
 

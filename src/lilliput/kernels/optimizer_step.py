@@ -164,7 +164,7 @@ def _step(
                 reference.dequantize_dynamic(m, s, dynamic8(sign), block)
                 for m, s, sign in zip(mine, scales, signed, strict=True)
             ]
-        moved = p.detach().float().clone() if p.dtype == torch.float32 else p.detach().float()
+        moved = p.detach().to(torch.float32, copy=True)
         row.update(moved, g.detach().float() * h["grad_scale"], wide, h)
         p.copy_(moved)
         for m, s, w, sign in zip(mine, scales, wide, signed, strict=False):
