@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -180,6 +181,55 @@ void py_linear_int8_backward(const Flat<const float>& gy, const Flat<const int8_
   linear_int8_backward(w, gy.data(), rows, k, n, update, gx.data(), threads);
 }
 
+// Codes of [rows, columns] in groups of `group` numbers (0: a whole row), with a scale and, maybe, a zero each.
+Groups groups(const Flat<const uint8_t>& codes, int bits, int64_t group, const Any& scale,
+              const Maybe<const uint8_t>& zero, int64_t rows, int64_t columns) {
+  need(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits: 2, 3, 4 or 8");
+  need(group >= 0 && group % run_length == 0, "group must be a multiple of 32");
+  const int64_t count = group == 0 ? 1 : blocks_in(columns, group), runs = blocks_in(columns, run_length);
+  need(size(codes) == rows * runs * 4 * bits, "codes: wrong size");
+  need(size(scale) == rows * count, "scale: wrong size");
+  need(!zero || size(*zero) == rows * count, "zero: wrong size");
+  const int64_t whole = std::max<int64_t>(runs, 1) * run_length;
+  return {codes.data(), bits, columns, group == 0 ? whole : group, count, reals(scale), zero ? zero->data() : nullptr};
+}
+
+void py_dequantize_grouped(const Flat<const uint8_t>& codes, int bits, int64_t group, const Any& scale,
+                           const Maybe<const uint8_t>& zero, const Any& out, int threads) {
+  need(out.ndim() == 2, "out must be a matrix");
+  const auto rows = static_cast<int64_t>(out.shape(0)), columns = static_cast<int64_t>(out.shape(1));
+  const Groups w = groups(codes, bits, group, scale, zero, rows, columns);
+  const Reals to = reals(out);
+  nb::gil_scoped_release released;
+  dequantize_grouped(w, rows, to, threads);
+}
+
+void py_linear_grouped(const Flat<const float>& x, const Flat<const uint8_t>& codes, int bits, int64_t group,
+                       const Any& scale, const Maybe<const uint8_t>& zero, const Maybe<const float>& bias,
+                       const Maybe<const float>& left, const Maybe<const float>& right, Flat<float> y, int threads,
+                       bool exact) {
+  need(x.ndim() == 2 && y.ndim() == 2 && x.shape(0) == y.shape(0), "x and y must be matrices of as many rows");
+  const auto rows = static_cast<int64_t>(x.shape(0)), k = static_cast<int64_t>(x.shape(1));
+  const auto n = static_cast<int64_t>(y.shape(1));
+  const Groups w = groups(codes, bits, group, scale, zero, n, k);
+  need(!bias || size(*bias) == n, "bias: wrong size");
+  const LowRank update = low_rank(left, right, rows, n, false);
+  nb::gil_scoped_release released;
+  linear_grouped(w, x.data(), rows, n, bias ? bias->data() : nullptr, update, y.data(), threads, exact);
+}
+
+void py_linear_grouped_backward(const Flat<const float>& gy, const Flat<const uint8_t>& codes, int bits, int64_t group,
+                                const Any& scale, const Maybe<const uint8_t>& zero, const Maybe<const float>& left,
+                                const Maybe<const float>& right, Flat<float> gx, int threads) {
+  need(gy.ndim() == 2 && gx.ndim() == 2 && gy.shape(0) == gx.shape(0), "gy and gx must be matrices of as many rows");
+  const auto rows = static_cast<int64_t>(gy.shape(0)), n = static_cast<int64_t>(gy.shape(1));
+  const auto k = static_cast<int64_t>(gx.shape(1));
+  const Groups w = groups(codes, bits, group, scale, zero, n, k);
+  const LowRank update = low_rank(left, right, rows, k, true);
+  nb::gil_scoped_release released;
+  linear_grouped_backward(w, gy.data(), rows, n, update, gx.data(), threads);
+}
+
 void py_swiglu(const Any& gate, const Any& up, const Any& out, int threads) {
   const int64_t numel = size(gate);
   need(size(up) == numel && size(out) == numel, "gate, up and out must be of one size");
@@ -317,6 +367,52 @@ void py_gradient_norms(const std::vector<int64_t>& grad_list, Flat<double> sums,
   gradient_norms(tensors.data(), numel.data(), static_cast<int64_t>(numel.size()), sums.data(), threads);
 }
 
+GptqGrid gptq_grid(const Flat<const float>& scale, const Flat<const float>& zero, const Flat<const int32_t>& group,
+                   int64_t rows, int64_t columns, int bits) {
+  need(scale.ndim() == 2 && size(scale) == size(zero), "scale and zero: matrices of one shape");
+  need(static_cast<int64_t>(scale.shape(0)) == rows && size(group) == columns, "scale or group: wrong size");
+  need(bits >= 1 && bits <= 8, "bits: 1 to 8");
+  const auto groups = static_cast<int64_t>(scale.shape(1));
+  for (int64_t i = 0; i < columns; ++i) need(group.data()[i] >= 0 && group.data()[i] < groups, "group: none such");
+  return {scale.data(), zero.data(), groups, group.data(), static_cast<float>((1 << bits) - 1)};
+}
+
+void py_gptq_block(const Flat<const float>& w, const Flat<const float>& upper, const Flat<const float>& scale,
+                   const Flat<const float>& zero, const Flat<const int32_t>& group, int bits, Flat<uint8_t> codes,
+                   Flat<float> errors, int threads) {
+  need(w.ndim() == 2, "w: a matrix");
+  const auto rows = static_cast<int64_t>(w.shape(0)), columns = static_cast<int64_t>(w.shape(1));
+  need(columns <= max_gptq_block && size(upper) == columns * columns, "too many columns, or upper: wrong size");
+  need(size(codes) == size(w) && size(errors) == size(w), "codes or errors: wrong size");
+  const GptqGrid grid = gptq_grid(scale, zero, group, rows, columns, bits);
+  nb::gil_scoped_release released;
+  gptq_block(grid, w.data(), rows, columns, upper.data(), codes.data(), errors.data(), threads);
+}
+
+void py_gptq_descend(const Flat<const float>& hessian, const Flat<const float>& scale, const Flat<const float>& zero,
+                     const Flat<const int32_t>& group, int bits, int sweeps, Flat<uint8_t> codes, Flat<float> residual,
+                     int threads) {
+  need(codes.ndim() == 2 && size(residual) == size(codes), "codes and residual: matrices of one shape");
+  const auto rows = static_cast<int64_t>(codes.shape(0)), columns = static_cast<int64_t>(codes.shape(1));
+  need(size(hessian) == columns * columns, "hessian: wrong size");
+  const GptqGrid grid = gptq_grid(scale, zero, group, rows, columns, bits);
+  nb::gil_scoped_release released;
+  gptq_descend(grid, hessian.data(), rows, columns, sweeps, codes.data(), residual.data(), threads);
+}
+
+void py_search_grid(const Flat<const float>& w, const Flat<const float>& importance, int64_t group, int bits,
+                    bool symmetric, const std::vector<float>& shares, Flat<float> scale, Flat<float> zero,
+                    int threads) {
+  need(w.ndim() == 2 && group > 0 && bits >= 1 && bits <= 8, "w: a matrix; group: positive; bits: 1 to 8");
+  const auto rows = static_cast<int64_t>(w.shape(0)), columns = static_cast<int64_t>(w.shape(1));
+  need(size(importance) == columns, "importance: wrong size");
+  need(size(scale) == rows * blocks_in(columns, group) && size(zero) == size(scale), "scale or zero: wrong size");
+  const GridSearch search{shares.data(), static_cast<int64_t>(shares.size()), static_cast<float>((1 << bits) - 1),
+                          symmetric};
+  nb::gil_scoped_release released;
+  search_grid(search, w.data(), importance.data(), rows, columns, group, scale.data(), zero.data(), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -337,12 +433,21 @@ NB_MODULE(_core, m) {
         nb::arg().none(), nb::arg(), nb::arg());
   m.def("linear_int8_backward", &py_linear_int8_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
         nb::arg().none(), nb::arg(), nb::arg());
+  m.def("dequantize_grouped", &py_dequantize_grouped, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg(), nb::arg());
+  m.def("linear_grouped", &py_linear_grouped, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+  m.def("linear_grouped_backward", &py_linear_grouped_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("swiglu", &py_swiglu);
   m.def("swiglu_backward", &py_swiglu_backward);
   m.def("rms_norm", &py_rms_norm);
   m.def("cross_entropy", &py_cross_entropy);
   m.def("optimizer_step", &py_optimizer_step);
   m.def("gradient_norms", &py_gradient_norms);
+  m.def("gptq_block", &py_gptq_block);
+  m.def("gptq_descend", &py_gptq_descend);
+  m.def("search_grid", &py_search_grid);
   m.def("rms_norm_backward", &py_rms_norm_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg().none(), nb::arg());
 }

@@ -38,6 +38,7 @@ LILLIPUT_INLINE uint16_t float_to_bf16(float f) {  // to nearest, ties to even; 
 }
 
 static inline void read_reals(Reals x, int64_t first, int64_t count, float* out) {
+  if (count == 0) return;  // of an empty tensor, which may lie nowhere
   if (x.kind == Real::f32) {
     memcpy(out, (const float*)x.data + first, (size_t)count * 4);
     return;

@@ -740,5 +740,23 @@ LILLIPUT_INLINE uint32_t to_bits(float value) {
   return bits;
 }
 
+// 8 bytes, one a lane, from the first on again where there are more lanes; kWidth of them where there are fewer.
+LILLIPUT_INLINE I load_8_bytes(const uint8_t* p) {
+#if defined(LILLIPUT_ISA_AVX512)
+  int64_t bytes;
+  memcpy(&bytes, p, 8);
+  return _mm512_cvtepu8_epi32(_mm_set1_epi64x(bytes));
+#else
+  return load_bytes(p);
+#endif
+}
+
+// The greatest magnitude of `count` numbers, a multiple of kWidth; NaN and Inf give NaN or Inf.
+LILLIPUT_INLINE float greatest_magnitude(const float* x, int64_t count) {
+  I most = iset1(0);  // magnitudes compare as their bits do, and NaN's are above all
+  for (int64_t i = 0; i < count; i += kWidth) most = imax(most, iand(bits(load(x + i)), iset1(0x7fffffff)));
+  return from_bits((uint32_t)reduce_max(most));
+}
+
 }  // namespace LILLIPUT_ISA
 }  // namespace lilliput

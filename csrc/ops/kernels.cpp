@@ -10,9 +10,10 @@ static Kernels row(Add... add) {
   return kernels;
 }
 
-#define LILLIPUT_ALL_OF(isa)                                                                  \
-  isa::add_blockwise, isa::add_linear_4bit, isa::add_linear_4bit_fixed, isa::add_linear_int8, \
-      isa::add_linear_int8_products, isa::add_swiglu, isa::add_rms_norm, isa::add_cross_entropy, isa::add_optimizer
+#define LILLIPUT_ALL_OF(isa)                                                                               \
+  isa::add_blockwise, isa::add_linear_4bit, isa::add_linear_4bit_fixed, isa::add_linear_grouped,           \
+      isa::add_linear_grouped_fixed, isa::add_linear_int8, isa::add_linear_int8_products, isa::add_swiglu, \
+      isa::add_rms_norm, isa::add_cross_entropy, isa::add_optimizer, isa::add_gptq
 
 const Kernels& kernels_of(Isa isa) {
   static const Kernels rows[] = {

@@ -30,20 +30,11 @@ void few_rows(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t
 
 void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int64_t n, const float* bias,
                  const LowRank& update, float* y, int threads, bool exact) {
-  if (rows == 0 || n == 0) return;
-  if (rows > few_rows_limit && k > 0) {
-    const auto pack = [&](int64_t column, int64_t count, int64_t d, int64_t deep, float* panels) {
-      kernels().pack_forward(w, k, column, count, d, deep, panels);
-    };
-    product(x, rows, n, k, pack, bias, update, y, threads);
-    return;
-  }
-  if (rows <= few_rows_limit) {
-    few_rows(w, x, rows, k, n, bias, y, threads, exact);
-  } else {
-    for (int64_t i = 0; i < rows * n; ++i) y[i] = bias != nullptr ? bias[i % n] : 0.0f;
-  }
-  add_update(update, rows, n, y);
+  const auto pack = [&](int64_t column, int64_t count, int64_t d, int64_t deep, float* panels) {
+    kernels().pack_forward(w, k, column, count, d, deep, panels);
+  };
+  const auto few = [&] { few_rows(w, x, rows, k, n, bias, y, threads, exact); };
+  product_with_wt(x, rows, k, n, pack, few, bias, update, y, threads);
 }
 
 void linear_4bit_backward(const Blocks4& w, const float* gy, int64_t rows, int64_t k, int64_t n, const LowRank& update,

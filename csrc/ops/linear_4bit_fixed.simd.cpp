@@ -13,13 +13,6 @@ namespace LILLIPUT_ISA {
 
 constexpr float kMost = 32767.0f;
 
-// The greatest magnitude of `count` numbers, a multiple of kWidth; NaN and Inf give NaN or Inf.
-LILLIPUT_INLINE float greatest_magnitude(const float* x, int64_t count) {
-  I most = iset1(0);  // magnitudes compare as their bits do, and NaN's are above all
-  for (int64_t i = 0; i < count; i += kWidth) most = imax(most, iand(bits(load(x + i)), iset1(0x7fffffff)));
-  return from_bits((uint32_t)reduce_max(most));
-}
-
 // The codes of a block leave their 32 bytes as the high nibbles (numbers 0, 2, 4 ..), then the low ones (1, 3, ..), and
 // unpacking bytes to words works within halves of a register: vector v of 4 holds numbers v / 2 + 2 j of the block for
 // these j, by word.

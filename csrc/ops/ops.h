@@ -37,6 +37,22 @@ struct OptimizerTensor {
   float* absmax[3];  // null: float32
 };
 
+// The grids of a weight's rows, scale * (code - zero) [rows, groups], and the group of each column at hand.
+struct GptqGrid {
+  const float *scale, *zero;
+  int64_t groups;
+  const int32_t* group;
+  float top;  // the largest code
+};
+
+// The shares of a group's range that are tried for its grid.
+struct GridSearch {
+  const float* shares;
+  int64_t count;
+  float top;
+  bool symmetric;
+};
+
 struct Kernels {
   // blockwise.simd.cpp. Blocks first..last-1 of x; returns the first block that holds NaN or Inf, or -1.
   int64_t (*quantize)(Reals x, int64_t numel, int64_t block, const float* bounds, const float* order, int64_t first,
@@ -67,6 +83,20 @@ struct Kernels {
   void (*multiply)(const float* left, const float* right, int64_t rows, int64_t columns, int64_t depth, bool add,
                    const float* start, float* c, int64_t c_stride);
   Tile tile;
+
+  // linear_grouped.simd.cpp. Rows first..last-1 of W to out [last - first, columns].
+  void (*dequantize_grouped)(const Groups& w, int64_t first, int64_t last, Reals out);
+  // As few_rows; rows of x are `stride` numbers apart, and zero behind their last column up to a whole run.
+  void (*few_rows_grouped)(const Groups& w, const float* x, int64_t stride, int rows, const float* bias, int64_t first,
+                           int64_t last, float* y, int64_t y_stride, float* scratch);
+  // As pack_forward and pack_backward; k is a multiple of run_length in the former.
+  void (*pack_forward_grouped)(const Groups& w, int64_t n, int64_t n_count, int64_t k, int64_t k_count, float* panels);
+  void (*pack_backward_grouped)(const Groups& w, int64_t k, int64_t k_count, int64_t n, int64_t n_count, float* panels);
+  // linear_grouped_fixed.simd.cpp, or null: one row of x in 16-bit fixed point, as fix_row and one_row_fixed. There is
+  // a scale, and 8 sums of the fixed numbers, for each span of a group.
+  bool (*fix_row_grouped)(const Groups& w, const float* x, int16_t* fixed, float* scales, int32_t* sums);
+  void (*one_row_grouped)(const Groups& w, const int16_t* x, const float* x_scales, const int32_t* x_sums,
+                          const float* bias, int64_t first, int64_t last, float* y, float* scratch);
 
   // linear_int8.simd.cpp. Rows first..last-1 of x [rows, columns]; returns the first that holds NaN or Inf, or -1.
   int64_t (*quantize_rows)(Reals x, int64_t columns, int64_t first, int64_t last, int8_t* codes, float* absmax);
@@ -110,11 +140,20 @@ struct Kernels {
   void (*dynamic_codes)(const float* x, float absmax, const DynamicTree& tree, uint8_t* codes);
   double (*sum_of_squares)(Reals x, int64_t first, int64_t last);  // NaN or Inf where a number is not finite
 
+  // gptq.simd.cpp. Rows first..last-1; arguments as in the operations below.
+  void (*gptq_block)(const GptqGrid& grid, const float* w, int64_t columns, const float* upper, int64_t first,
+                     int64_t last, uint8_t* codes, float* errors);
+  void (*gptq_descend)(const GptqGrid& grid, const float* hessian, int64_t columns, int sweeps, int64_t first,
+                       int64_t last, uint8_t* codes, float* residual);
+  void (*search_grid)(const GridSearch& search, const float* w, const float* importance, int64_t columns, int64_t group,
+                      int64_t first, int64_t last, float* scale, float* zero);
+
   // cross_entropy.simd.cpp. Rows first..last-1 of [rows, columns], labels in 0..columns-1.
   void (*cross_entropy)(float* z, int64_t columns, const int64_t* labels, int64_t first, int64_t last, bool gradient,
                         float* losses);
 };
 
+constexpr int64_t max_gptq_block = 512;  // columns
 constexpr int few_rows_limit = 8;
 constexpr int64_t few_rows_more = 128;  // floats: scratch memory and reordered rows are padded by so many
 constexpr int64_t max_block = 4096;     // numbers; kernels keep a block on the stack
@@ -144,6 +183,12 @@ void linear_4bit(const Blocks4& w, const float* x, int64_t rows, int64_t k, int6
 // gx [rows, k] = gy [rows, n] W + update.
 void linear_4bit_backward(const Blocks4& w, const float* gy, int64_t rows, int64_t k, int64_t n, const LowRank& update,
                           float* gx, int threads);
+void dequantize_grouped(const Groups& w, int64_t rows, Reals out, int threads);
+// As linear_4bit; the columns of x are in the order of W's stored ones.
+void linear_grouped(const Groups& w, const float* x, int64_t rows, int64_t n, const float* bias, const LowRank& update,
+                    float* y, int threads, bool exact = false);
+void linear_grouped_backward(const Groups& w, const float* gy, int64_t rows, int64_t n, const LowRank& update,
+                             float* gx, int threads);
 // Codes int8 [rows, columns] and absmax [rows] of x; returns the first row with NaN or Inf, or -1.
 int64_t quantize_int8(Reals x, int64_t rows, int64_t columns, int8_t* codes, float* absmax, int threads);
 void dequantize_int8(const Rows8& w, int64_t rows, Reals out, int threads);
@@ -179,5 +224,17 @@ void optimizer_step(OptimizerRule rule, const double* values, const OptimizerTen
                     int64_t block, const DynamicTree* trees, int threads);
 // sums[i] = the sum of squares of a tensor; NaN or Inf where one of its numbers is not finite.
 void gradient_norms(const Reals* tensors, const int64_t* numel, int64_t count, double* sums, int threads);
+
+// Codes and errors [rows, columns] of a block of columns w, in their order, each column's error spread over those
+// behind it by the factor `upper` [columns, columns] of the inverse Hessian; at most max_gptq_block columns.
+void gptq_block(const GptqGrid& grid, const float* w, int64_t rows, int64_t columns, const float* upper, uint8_t* codes,
+                float* errors, int threads);
+// Changes codes [rows, columns] one after the other where that lessens a row's error, in at most so many sweeps.
+// residual [rows, columns] = (w - what codes stand for) hessian; it follows the codes.
+void gptq_descend(const GptqGrid& grid, const float* hessian, int64_t rows, int64_t columns, int sweeps, uint8_t* codes,
+                  float* residual, int threads);
+// scale and zero [rows, groups] with the least sum of importance [columns] times the squared error.
+void search_grid(const GridSearch& search, const float* w, const float* importance, int64_t rows, int64_t columns,
+                 int64_t group, float* scale, float* zero, int threads);
 
 }  // namespace lilliput

@@ -155,6 +155,23 @@ inline void add_update(const LowRank& update, int64_t rows, int64_t columns, flo
     }
 }
 
+// y [rows, n] = x [rows, k] W^T + bias + update: many rows by tiles of W, a few by `few_rows()`, which adds the bias.
+template <typename Pack, typename FewRows>
+void product_with_wt(const float* x, int64_t rows, int64_t k, int64_t n, const Pack& pack, const FewRows& few_rows,
+                     const float* bias, const LowRank& update, float* y, int threads) {
+  if (rows == 0 || n == 0) return;
+  if (rows > few_rows_limit && k > 0) {
+    product(x, rows, n, k, pack, bias, update, y, threads);
+    return;
+  }
+  if (rows <= few_rows_limit) {
+    few_rows();
+  } else {
+    for (int64_t i = 0; i < rows * n; ++i) y[i] = bias != nullptr ? bias[i % n] : 0.0f;
+  }
+  add_update(update, rows, n, y);
+}
+
 // gx [rows, k] = gy [rows, n] W + update: the depth is n, and may be nothing.
 template <typename Pack>
 void product_with_w(const float* gy, int64_t rows, int64_t k, int64_t n, const Pack& pack, const LowRank& update,

@@ -25,13 +25,31 @@ if TYPE_CHECKING:
         set_adapter,
         unmerge,
     )
-    from lilliput.models import FP4Config, Int8Config, NF4Config, load_model, load_tokenizer, pull, save_model
+    from lilliput.models import (
+        FP4Config,
+        GroupedConfig,
+        Int8Config,
+        NF4Config,
+        load_model,
+        load_tokenizer,
+        pull,
+        save_model,
+    )
     from lilliput.training import tune
 
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "models": ("FP4Config", "Int8Config", "NF4Config", "load_model", "load_tokenizer", "pull", "save_model"),
+    "models": (
+        "FP4Config",
+        "GroupedConfig",
+        "Int8Config",
+        "NF4Config",
+        "load_model",
+        "load_tokenizer",
+        "pull",
+        "save_model",
+    ),
     "lora": (
         "LoraConfig",
         "add_adapter",
@@ -50,6 +68,7 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "FP4Config",
+    "GroupedConfig",
     "Int8Config",
     "LilliputError",
     "LoraConfig",

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lilliput.errors import FormatError
-from lilliput.formats import DYNAMIC8, FORMATS, ROW, dequantize, get_format, quantize
+from lilliput.formats import DYNAMIC8, FORMATS, dequantize, get_format, quantize
 from lilliput.formats.blockwise import block_absmax, quantize_dynamic8
 from lilliput.formats.packing import unpack_nibbles
 from tests.nasty import NASTY, NOT_FINITE
 
-BLOCKWISE = [name for name, row in FORMATS.items() if row.block != ROW]
+BLOCKWISE = [name for name, row in FORMATS.items() if row.kind == "blocks"]
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 

@@ -6,14 +6,45 @@ import pytest
 import torch
 
 from lilliput.errors import FormatError, UsageError
-from lilliput.formats import DYNAMIC8, FORMATS, INT8, NF4, QuantizedTensor, get_format, quantize
+from lilliput.formats import DYNAMIC8, FORMATS, INT8, NF4, ROW, QuantizedTensor, get_format, grouped_format, quantize
 
 
 def test_get_format_knows_each_row_and_suggests_the_nearest() -> None:
-    assert [get_format(name).name for name in FORMATS] == ["nf4", "fp4", "int8"]
+    assert [get_format(name).name for name in FORMATS] == ["nf4", "fp4", "int8", "int4", "int3", "int2", "int8g"]
     assert get_format(NF4) is NF4
     with pytest.raises(UsageError, match=r"unknown number format 'nf-4'; did you mean 'nf4'\?"):
         get_format("nf-4")
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "group"),
+    [("int4", 4, 128), ("int3", 3, 128), ("int2-g64", 2, 64), ("int8g-row", 8, ROW), ("int8g-g32", 8, 32)],
+)
+def test_a_grouped_formats_name_says_bits_and_group(name: str, bits: int, group: int) -> None:
+    row = get_format(name)
+    assert (row.name, row.kind, row.bits, row.block) == (name, "groups", bits, group)
+    assert row == grouped_format(bits, group)
+    assert get_format("int4-g128") == get_format("int4")
+    assert row.codebook().tolist() == list(range(2**bits))
+
+
+@pytest.mark.parametrize("name", ["int5", "int4-64", "int4-g0", "int4-g", "int4-rows", "int8-g128", "xint4", "int4x"])
+def test_what_looks_like_a_grouped_format_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"unknown number format '{name}'"):
+        get_format(name)
+
+
+def test_groups_that_no_kernel_has_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"groups of 48 numbers.*multiple of 32"):
+        get_format("int4-g48")
+    with pytest.raises(UsageError, match="groups of -1 numbers"):
+        grouped_format(4, -1)
+    with pytest.raises(UsageError, match="no format has groups of 5-bit codes"):
+        grouped_format(5)
+
+
+def test_kinds() -> None:
+    assert [row.kind for row in FORMATS.values()] == ["blocks", "blocks", "rows", *["groups"] * 4]
 
 
 def test_bits_per_number_of_a_double_quantized_tensor() -> None:
@@ -70,7 +101,13 @@ def test_options_are_the_formats_own_unless_given() -> None:
 
 @pytest.mark.parametrize(
     ("format", "option", "value"),
-    [("int8", "double_quant", True), ("nf4", "threshold", 6.0), ("fp4", "embeddings", True)],
+    [
+        ("int8", "double_quant", True),
+        ("nf4", "threshold", 6.0),
+        ("fp4", "embeddings", True),
+        ("int4", "double_quant", True),
+        ("int8", "symmetric", True),
+    ],
 )
 def test_an_option_that_a_format_lacks_is_refused_when_asked_for(format: str, option: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"{option}={value} was asked for, and {format} has no {option}"):

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from lilliput import formats
 from lilliput.errors import FormatError, UsageError
-from lilliput.formats import FORMATS, QuantizedTensor
+from lilliput.formats import FORMATS, Quantized, QuantizedTensor
 from lilliput.kernels import dequantize, quantize, use
 from tests.nasty import NASTY, NOT_FINITE
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def assert_same(got: QuantizedTensor, expected: QuantizedTensor) -> None:
+def assert_same(got: Quantized, expected: Quantized) -> None:
     assert (got.format, got.shape) == (expected.format, expected.shape)
-    for name in ("codes", "absmax", "absmax_scale", "absmax_offset"):
+    for name in ("codes", *expected.CONSTANTS):
         a, b = getattr(got, name), getattr(expected, name)
         assert (a is None) == (b is None), name
         assert a is None or (a.dtype == b.dtype and torch.equal(a, b)), name

@@ -71,7 +71,7 @@ def test_the_kernels_on_each_instruction_set(instruction_set: str) -> None:
         pytest.skip(f"this processor has no {instruction_set}")
     if instruction_set == core.status().instruction_set:
         pytest.skip("the other tests of this folder run on it")
-    names = ("test_blockwise.py", "test_linear_4bit.py", "test_rms_norm.py", "test_swiglu.py")
+    names = ("test_blockwise.py", "test_linear_4bit.py", "test_linear_grouped.py", "test_rms_norm.py", "test_swiglu.py")
     files = [str(ROOT / "tests/kernels" / name) for name in names]
     env = {**os.environ, "LILLIPUT_ISA": instruction_set}
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "core", *files]

@@ -198,9 +198,9 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
         linear_int8(x, q, torch.zeros(9))
     with pytest.raises(FormatError, match="must be its second"):
         linear_int8(x, quantize(torch.randn(64), "int8"))
-    with pytest.raises(FormatError, match="the matrix is in nf4, 4 bits; this product takes 8 bits"):
+    with pytest.raises(FormatError, match="the matrix is in nf4, by blocks; this product takes rows"):
         linear_int8(x, quantize(torch.randn(10, 64), "nf4"))
-    with pytest.raises(FormatError, match="the matrix is in int8, 8 bits; this product takes 4 bits"):
+    with pytest.raises(FormatError, match="the matrix is in int8, by rows; this product takes blocks"):
         linear_4bit(x, q)
     with pytest.raises(FormatError, match=r"x is torch\.int64"):
         linear_int8(torch.ones(3, 64, dtype=torch.int64), q)

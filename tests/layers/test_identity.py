@@ -41,13 +41,13 @@ def test_the_same_numbers_have_the_same_identity_and_others_another(tiny_llama):
 
 def test_quantized_numbers_have_a_hash_of_their_own(tiny_llama):
     hashes = set()
-    for format, double_quant in (("nf4", True), ("nf4", False), ("fp4", True), ("int8", None)):
+    for format, double_quant in (("nf4", True), ("nf4", False), ("fp4", True), ("int8", None), ("int4", None)):
         model = tiny_llama()
         replace_linears(model, format, double_quant)
         identity = identity_of(model)
         assert identity.format == format
         hashes.add(identity.quantized_sha256)
-    assert len(hashes) == 4
+    assert len(hashes) == 5
     assert None not in hashes
 
 

@@ -15,7 +15,15 @@ from lilliput import formats
 from lilliput.errors import FormatError, UsageError
 from lilliput.layers import QuantizedLinear, unrounded
 
-KINDS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", None)]
+KINDS = [
+    ("nf4", True),
+    ("nf4", False),
+    ("fp4", True),
+    ("fp4", False),
+    ("int8", None),
+    ("int4", None),
+    ("int3-row", None),
+]
 SHAPES = [(64, 128), (7, 9), (1, 1), (3, 200)]  # (in, out); odd products end in half a byte, ragged blocks
 
 
@@ -165,7 +173,7 @@ def test_an_empty_layer_makes_room_and_is_filled_in_place():
     layer.fill(source.quantized)
     assert layer.weight is before
     torch.testing.assert_close(layer.dequantize(), source.dequantize(), rtol=0, atol=0)
-    with pytest.raises(FormatError, match="'nf4', False"):
+    with pytest.raises(FormatError, match="'nf4', {'double_quant': False}"):
         layer.fill(formats.quantize(make_linear().weight.detach(), "nf4", False))
 
 
@@ -261,3 +269,82 @@ def test_unrounded_takes_the_inputs_as_they_are_and_gives_the_threshold_back():
         raise KeyError
     assert model[0].threshold == 3.0
     assert (model[0](x) - dense).abs().max() > 1e-5  # a step of an input is 1 / 32767 of its row's greatest
+
+
+# ---- groups ----
+
+
+def make_grouped(symmetric: bool = False, ordered: bool = False, dtype: torch.dtype = torch.float16) -> QuantizedLinear:
+    quantized = formats.quantize(make_linear().weight.detach(), "int4-g32", symmetric=symmetric)
+    _, scale, zero, _ = quantized.packed
+    order = torch.randperm(64).to(torch.int32) if ordered else None
+    given = formats.GroupedTensor(quantized.format, quantized.shape, quantized.codes, scale.to(dtype), zero, order)
+    return QuantizedLinear(given, torch.randn(128))
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_groups_are_saved_under_their_own_names_and_fill_an_empty_layer(symmetric, ordered):
+    layer = make_grouped(symmetric, ordered, torch.bfloat16)
+    absent = {"weight_zero"} if symmetric else set()
+    absent |= set() if ordered else {"weight_order"}
+    assert set(layer.state_dict()) == {"weight", "weight_scale", "weight_zero", "weight_order", "bias"} - absent
+    assert (layer.weight.dtype, layer.weight.shape) == (torch.uint8, (128 * 64 // 2, 1))
+    assert (layer.weight_scale.dtype, layer.weight_scale.shape) == (torch.bfloat16, (128, 2))
+    options = {"symmetric": symmetric, "ordered": ordered, "scale_dtype": "bfloat16"}
+    assert layer.options == options
+    filled = QuantizedLinear.empty(64, 128, True, "int4-g32", **options).to_empty(device="cpu")
+    filled.load_state_dict(layer.state_dict())
+    assert_same(filled, layer)
+    room = QuantizedLinear.empty(64, 128, True, "int4-g32", **options)
+    room.make_room("cpu")
+    room.fill(layer.quantized)
+    assert torch.equal(room.dequantize(), layer.dequantize())
+
+
+def test_groups_survive_what_is_done_to_modules():
+    layer, x = make_grouped(ordered=True), torch.randn(3, 64)
+    expected = layer(x)
+    torch.testing.assert_close(expected, nn.functional.linear(x, layer.dequantize(), layer.bias))
+    copies = (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).half().float())
+    for other in copies:
+        for mine, theirs in zip(layer.quantized.packed, other.quantized.packed, strict=True):
+            assert torch.equal(mine, theirs)
+            assert mine.dtype == theirs.dtype
+    assert torch.equal(copies[0](x), expected)
+    assert layer.double().weight_scale.dtype == torch.float16
+    assert "format=int4-g32, symmetric=False, ordered=True, scale_dtype=float16" in repr(layer)
+
+
+def test_a_grouped_conv1d_is_transposed():
+    conv = Conv1D(96, 64)
+    turned = QuantizedLinear.from_linear(conv, "int4", symmetric=True)
+    assert turned.transposed
+    dense = formats.dequantize(formats.quantize(conv.weight.detach().t(), "int4", symmetric=True))
+    assert torch.equal(turned.dequantize(), dense)
+
+
+def test_gradients_reach_the_input_of_groups_and_bias():
+    layer = make_grouped(ordered=True)
+    layer.bias.requires_grad_(True)
+    x = torch.randn(12, 64, requires_grad=True)
+    layer(x).square().sum().backward()
+    weight = layer.dequantize()
+    y = x.detach() @ weight.T + layer.bias.detach()
+    torch.testing.assert_close(x.grad, 2 * y @ weight, rtol=1e-4, atol=1e-4)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["bias"]
+
+
+def test_options_that_groups_lack_or_alone_have_are_refused():
+    with pytest.raises(UsageError, match="int4 has no double_quant"):
+        QuantizedLinear.from_linear(make_linear(), "int4", double_quant=True)
+    with pytest.raises(UsageError, match="int4 has no threshold"):
+        QuantizedLinear.from_linear(make_linear(), "int4", threshold=6.0)
+    with pytest.raises(UsageError, match="nf4 has no symmetric"):
+        QuantizedLinear.from_linear(make_linear(), "nf4", symmetric=True)
+    with pytest.raises(UsageError, match="nf4 has no ordered"):
+        QuantizedLinear.empty(64, 128, format="nf4", ordered=True)
+    with pytest.raises(FormatError, match="'ordered': True"):
+        QuantizedLinear(formats.quantize(torch.randn(128, 64), "int4-g32")).fill(make_grouped(ordered=True).quantized)
+    with pytest.raises(FormatError, match=r"\(128, 64\), expected \(8, 64\)"):
+        QuantizedLinear(formats.quantize(torch.randn(8, 64), "int4-g32")).hold(make_grouped().quantized)

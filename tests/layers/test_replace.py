@@ -117,3 +117,24 @@ def test_the_footprint_is_true_to_the_byte(tiny_llama):
     weights = sum(4 * model.get_submodule(n).in_features * model.get_submodule(n).out_features for n in names)
     codes = sum(layer.quantized.nbytes for _, layer in quantized_layers(model))
     assert model.get_memory_footprint() == dense - weights + codes
+
+
+def test_groups_to_the_nearest_and_room_for_what_a_load_brings(tiny_llama):
+    model = tiny_llama()
+    names = replace_linears(model, "int3-g32", symmetric=True)
+    layers = dict(quantized_layers(model))
+    assert list(layers) == names
+    assert {layer.format_name for layer in layers.values()} == {"int3-g32"}
+    assert all(layer.quantized.zero is None for layer in layers.values())
+    with torch.device("meta"):
+        empty = tiny_llama()
+    replace_linears(empty, "int4", ordered=True, scale_dtype="bfloat16")
+    for _, layer in quantized_layers(empty):
+        assert layer.options == {"symmetric": False, "ordered": True, "scale_dtype": "bfloat16"}
+    for given in ({"ordered": True}, {"scale_dtype": "float32"}):
+        with pytest.raises(UsageError, match="is for codes that will be loaded"):
+            replace_linears(tiny_llama(), "int4", **given)
+    with pytest.raises(UsageError, match="nf4 has no symmetric"):
+        replace_linears(tiny_llama(), "nf4", symmetric=True)
+    with pytest.raises(UsageError, match="int4 has no embeddings"):
+        replace_linears(tiny_llama(), "int4", embeddings=True)

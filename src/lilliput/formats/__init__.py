@@ -1,7 +1,20 @@
 """How a block of reals becomes a few bits: the formats as data, and their arithmetic in plain torch."""
 
-from lilliput.formats.doors import dequantize, quantize
-from lilliput.formats.format import DYNAMIC8, FORMATS, FP4, INT8, NF4, ROW, Format, QuantizedTensor, get_format
+from lilliput.formats.doors import TENSORS, dequantize, quantize
+from lilliput.formats.format import (
+    DYNAMIC8,
+    FORMATS,
+    FP4,
+    INT8,
+    NF4,
+    ROW,
+    Format,
+    Quantized,
+    QuantizedTensor,
+    get_format,
+    grouped_format,
+)
+from lilliput.formats.grouped import GroupedTensor
 
 __all__ = [
     "DYNAMIC8",
@@ -10,9 +23,13 @@ __all__ = [
     "INT8",
     "NF4",
     "ROW",
+    "TENSORS",
     "Format",
+    "GroupedTensor",
+    "Quantized",
     "QuantizedTensor",
     "dequantize",
     "get_format",
+    "grouped_format",
     "quantize",
 ]

@@ -77,6 +77,12 @@ def linear8(signed: bool = True) -> Tensor:
     return int8() if signed else torch.arange(256, dtype=torch.float32) / 255
 
 
+@cache
+def whole_numbers(bits: int) -> Tensor:
+    """What codes of grouped formats say before their zero is taken off: 0, 1, .. float32 [2**bits]."""
+    return torch.arange(2**bits, dtype=torch.float32)
+
+
 def quantile8(sample: Tensor) -> Tensor:
     """Quantile quantization: 256 values that numbers like those of `sample` take equally often. float32 [256].
 

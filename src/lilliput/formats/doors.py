@@ -1,4 +1,6 @@
-"""Reals in, a QuantizedTensor out, and back, whatever the format: by blocks (`blockwise.py`) or by rows (`rowwise.py`).
+"""Reals in, a quantized tensor out, and back, whatever the format.
+
+By blocks of flat storage (`blockwise.py`), by rows (`rowwise.py`) or by groups of rows (`grouped.py`).
 
 This is the reference; `lilliput.kernels` has the same two doors, quick.
 """
@@ -8,26 +10,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lilliput.formats import blockwise, rowwise
-from lilliput.formats.format import ROW, Format, QuantizedTensor, get_format
+from lilliput.formats import blockwise, grouped, rowwise
+from lilliput.formats.format import Format, Kind, Quantized, QuantizedTensor, get_format
+from lilliput.formats.grouped import GroupedTensor
+
+# What holds the tensors of each kind of format.
+TENSORS: dict[Kind, type[QuantizedTensor] | type[GroupedTensor]] = {
+    "blocks": QuantizedTensor,
+    "rows": QuantizedTensor,
+    "groups": GroupedTensor,
+}
 
 
-def quantize(x: Tensor, format: str | Format = "nf4", double_quant: bool | None = None) -> QuantizedTensor:
-    """Quantize a tensor of any shape, block by block of its flat storage or row by row.
+def quantize(
+    x: Tensor, format: str | Format = "nf4", double_quant: bool | None = None, symmetric: bool | None = None
+) -> Quantized:
+    """Quantize a tensor of any shape: block by block of its flat storage, row by row, or group by group of its rows.
 
     Args:
         x: float32, float16 or bfloat16, finite.
-        format: a name of FORMATS.
+        format: a name that `get_format` knows.
         double_quant: also quantize the absmax (8 bits, a float32 per 256 of them): 0.127 bits a number instead of 0.5.
-            None: where the format has it (int8 does not).
+            None: where the format has it (int8 and groups do not).
+        symmetric: the middle code is the zero of all groups. None, for groups: no, each has its own.
+
+    Returns:
+        A QuantizedTensor, or a GroupedTensor of codes to the nearest on each group's min/max grid.
 
     Raises:
-        FormatError: NaN, Inf, or another dtype.
-        UsageError: unknown format; double quantization of a format that has none.
+        FormatError: NaN, Inf, or another dtype; for groups, numbers beyond what a float16 scale reaches.
+        UsageError: unknown format; an option that the format has not.
     """
     row = get_format(format)
     double = row.option("double_quant", double_quant)
-    codes, absmax = rowwise.quantize_rows(x) if row.block == ROW else blockwise.quantize_blocks(x, row)
+    middle = row.option("symmetric", symmetric)
+    if row.kind == "groups":
+        return grouped.quantize_groups(x, row, middle)
+    codes, absmax = rowwise.quantize_rows(x) if row.kind == "rows" else blockwise.quantize_blocks(x, row)
     return finish(row, tuple(x.shape), codes, absmax, double)
 
 
@@ -44,9 +63,12 @@ def finish(format: Format, shape: tuple[int, ...], codes: Tensor, absmax: Tensor
     return QuantizedTensor(format, shape, codes, absmax8, scale, offset)
 
 
-def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The reals that `q` stands for, computed in float32 and rounded once to `dtype` (float64: not rounded)."""
-    if q.format.block == ROW:
+    if isinstance(q, GroupedTensor):
+        return grouped.dequantize_groups(q, dtype)
+    assert isinstance(q, QuantizedTensor)
+    if q.format.kind == "rows":
         return rowwise.dequantize_rows(q.codes, q.absmax, q.shape, dtype)
     absmax = blockwise.block_absmax(q.absmax, q.absmax_scale, q.absmax_offset)
     return blockwise.dequantize_blocks(q.codes, absmax, q.format, q.shape, dtype)

@@ -3,6 +3,7 @@
 from lilliput.kernels.dispatch import exact, use
 from lilliput.kernels.doors import dequantize, linear, quantize
 from lilliput.kernels.linear_4bit import linear_4bit
+from lilliput.kernels.linear_grouped import linear_grouped
 from lilliput.kernels.linear_int8 import linear_int8
 from lilliput.kernels.linear_loss import linear_loss
 from lilliput.kernels.lora_linear import lora_linear
@@ -16,6 +17,7 @@ __all__ = [
     "gradient_norms",
     "linear",
     "linear_4bit",
+    "linear_grouped",
     "linear_int8",
     "linear_loss",
     "lora_linear",

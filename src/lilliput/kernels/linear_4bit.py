@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import FormatError
-from lilliput.formats import QuantizedTensor
+from lilliput.formats import Quantized
 from lilliput.formats import blockwise as formats
-from lilliput.formats.format import get_format
+from lilliput.formats.format import Kind, get_format
 from lilliput.kernels import dispatch
 from lilliput.kernels.blockwise import core_arguments
 from lilliput.kernels.core import arrays
 
 
-def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+def linear_4bit(x: Tensor, q: Quantized, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times a 4-bit matrix, plus bias: float [..., out] of x's dtype.
 
     Computed in float32 (float64 for a float64 x, by the reference) and rounded once to x's dtype, under autocast too;
@@ -31,24 +31,22 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
 
     Args:
         x: [..., in]; float32, bfloat16, float16 or float64.
-        q: of shape (out, in), with or without double quantization.
+        q: in nf4 or fp4, of shape (out, in), with or without double quantization.
         bias: [out], or None.
 
     Raises:
-        FormatError: q is not a matrix, x or bias do not fit it, or x is of another dtype.
+        FormatError: q is not such a matrix, x or bias do not fit it, or x is of another dtype.
     """
-    check(x, q, bias, bits=4)
-    return torch.ops.lilliput.linear_4bit(
-        x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, q.format.name, q.shape[0]
-    )
+    check(x, q, bias, "blocks")
+    return torch.ops.lilliput.linear_4bit(x, *q.packed, bias, q.format.name, q.shape[0])
 
 
-def check(x: Tensor, q: QuantizedTensor, bias: Tensor | None, bits: int | None = None) -> None:
-    """Raise FormatError when x [..., in] or bias [out] do not fit a quantized matrix, x is of another dtype, or codes
-    have other than `bits` bits.
+def check(x: Tensor, q: Quantized, bias: Tensor | None, kind: Kind | None = None) -> None:
+    """Raise FormatError when x [..., in] or bias [out] do not fit a quantized matrix, x is of another dtype, or the
+    matrix is in a format of another kind.
     """
-    if bits not in (None, q.format.bits):
-        raise FormatError(f"the matrix is in {q.format.name}, {q.format.bits} bits; this product takes {bits} bits")
+    if kind not in (None, q.format.kind):
+        raise FormatError(f"the matrix is in {q.format.name}, by {q.format.kind}; this product takes {kind}")
     if x.dtype not in (*formats.FLOATS, torch.float64):
         raise FormatError(
             f"x is {x.dtype}; a product with a quantized matrix takes float32, bfloat16, float16 or float64"

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput.formats import QuantizedTensor, rowwise
+from lilliput.formats import Quantized, rowwise
 from lilliput.kernels import dispatch
 from lilliput.kernels.core import arrays
 from lilliput.kernels.linear_4bit import check, compute_type, core_knows, float_rows, matrix
 
 
-def linear_int8(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, threshold: float = 6.0) -> Tensor:
+def linear_int8(x: Tensor, q: Quantized, bias: Tensor | None = None, threshold: float = 6.0) -> Tensor:
     """x [..., in] times an int8 matrix, plus bias: float [..., out] of x's dtype.
 
     x counts as [rows, in], whatever its leading sizes: each row is scaled by its own largest number and rounded to
@@ -47,9 +47,9 @@ def linear_int8(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None, thres
         FormatError: q is not an int8 matrix, x or bias do not fit it, or x is of another dtype.
         UsageError: a negative threshold.
     """
-    check(x, q, bias, bits=8)
-    codes = q.codes.view(q.shape)
-    return torch.ops.lilliput.linear_int8(x, codes, q.absmax, bias, rowwise.check_threshold(threshold))
+    check(x, q, bias, "rows")
+    codes, absmax, *_ = q.packed
+    return torch.ops.lilliput.linear_int8(x, codes.view(q.shape), absmax, bias, rowwise.check_threshold(threshold))
 
 
 # ---- the references ----

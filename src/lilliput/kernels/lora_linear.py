@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import FormatError
-from lilliput.formats import QuantizedTensor
+from lilliput.formats import Quantized
 from lilliput.formats.rowwise import check_threshold
 from lilliput.kernels import dispatch
-from lilliput.kernels.linear_4bit import PACKED, check, compute_type, core_knows, float_rows, matrix
-from lilliput.kernels.products import PRODUCTS
+from lilliput.kernels.linear_4bit import check, compute_type, core_knows, float_rows, matrix
+from lilliput.kernels.products import product_with
 
 
 def lora_linear(
     x: Tensor,
-    q: QuantizedTensor,
+    q: Quantized,
     a: Tensor,
     b: Tensor,
     scaling: float,
@@ -43,7 +43,7 @@ def lora_linear(
 
     Args:
         x: [..., in]; float32, bfloat16, float16 or float64.
-        q: of shape (out, in), in any format of FORMATS.
+        q: of shape (out, in), in any format.
         a: floating [r, in].
         b: floating [out, r].
         scaling: s, what the update is multiplied by.
@@ -61,9 +61,7 @@ def lora_linear(
             f"[r, {q.shape[1]}] and [{q.shape[0]}, r]"
         )
     threshold = check_threshold(q.format.option("threshold", threshold))
-    return torch.ops.lilliput.lora_linear(
-        x, q.codes, q.absmax, q.absmax_scale, q.absmax_offset, bias, a, b, scaling, q.format.name, threshold
-    )[0]
+    return torch.ops.lilliput.lora_linear(x, *q.packed, bias, a, b, scaling, q.format.name, threshold)[0]
 
 
 # ---- the references ----
@@ -72,9 +70,9 @@ def lora_linear(
 def _lora_linear(
     x: Tensor,
     codes: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -86,17 +84,17 @@ def _lora_linear(
     with torch.autocast(x.device.type, enabled=False):
         wide, a, b = (t.to(compute_type(x)) for t in (x, a, b))
         low = matrix(wide) @ a.T * scaling
-        packed = (codes, absmax, absmax_scale, absmax_offset)
-        y = PRODUCTS[format].forward(wide, packed, bias, (b.shape[0], a.shape[1]), format, threshold)
+        packed = (codes, first, second, third)
+        y = product_with(format).forward(wide, packed, bias, (b.shape[0], a.shape[1]), format, threshold)
         return (y + (low @ b.T).view(y.shape)).to(x.dtype), low
 
 
 def _lora_linear_fake(
     x: Tensor,
     codes: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -111,26 +109,26 @@ def _lora_linear_fake(
 def _to_x(
     grad: Tensor,
     codes: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
     low: Tensor,
     a: Tensor,
     format: str,
 ) -> Tensor:
     """grad W + low A, with low = s grad B as [rows, r]."""
     with torch.autocast(grad.device.type, enabled=False):
-        packed = (codes, absmax, absmax_scale, absmax_offset)
-        base = PRODUCTS[format].backward(grad, packed, (grad.shape[-1], a.shape[1]), format)
+        packed = (codes, first, second, third)
+        base = product_with(format).backward(grad, packed, (grad.shape[-1], a.shape[1]), format)
         return base + (low.to(base.dtype) @ a.to(base.dtype)).view(base.shape)
 
 
 def _to_x_fake(
     grad: Tensor,
     codes: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
     low: Tensor,
     a: Tensor,
     format: str,
@@ -145,9 +143,9 @@ def _lora_linear_core(
     core: ModuleType,
     x: Tensor,
     codes: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -159,8 +157,8 @@ def _lora_linear_core(
         rows, right = float_rows(x), float_rows(b)
         low = (rows @ a.detach().float().T).mul_(scaling)
         wide = rows.view(x.shape)
-        packed, shape = (codes, absmax, absmax_scale, absmax_offset), (b.shape[0], a.shape[1])
-        y = PRODUCTS[format].forward_by_core(core, wide, packed, bias, shape, format, threshold, low, right)
+        packed, shape = (codes, first, second, third), (b.shape[0], a.shape[1])
+        y = product_with(format).forward_by_core(core, wide, packed, bias, shape, format, threshold, low, right)
         return y.to(x.dtype), low
 
 
@@ -168,26 +166,27 @@ def _to_x_core(
     core: ModuleType,
     grad: Tensor,
     codes: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
     low: Tensor,
     a: Tensor,
     format: str,
 ) -> Tensor:
     left, right = float_rows(low), float_rows(a)
-    packed, shape = (codes, absmax, absmax_scale, absmax_offset), (grad.shape[-1], a.shape[1])
-    return PRODUCTS[format].backward_by_core(core, grad, packed, shape, format, left, right)
+    packed, shape = (codes, first, second, third), (grad.shape[-1], a.shape[1])
+    return product_with(format).backward_by_core(core, grad, packed, shape, format, left, right)
 
 
+_PACKED = "Tensor codes, Tensor first, Tensor? second, Tensor? third"  # the constants of whatever kind of format
 LORA_LINEAR = dispatch.define(
-    f"lora_linear(Tensor x, {PACKED}, Tensor? bias, Tensor a, Tensor b, float scaling, str format, float threshold)"
+    f"lora_linear(Tensor x, {_PACKED}, Tensor? bias, Tensor a, Tensor b, float scaling, str format, float threshold)"
     " -> (Tensor, Tensor)",
     _lora_linear,
     _lora_linear_fake,
 )
 TO_X = dispatch.define(
-    f"lora_linear_backward(Tensor grad, {PACKED}, Tensor low, Tensor a, str format) -> Tensor", _to_x, _to_x_fake
+    f"lora_linear_backward(Tensor grad, {_PACKED}, Tensor low, Tensor a, str format) -> Tensor", _to_x, _to_x_fake
 )
 dispatch.register_core(LORA_LINEAR, _lora_linear, _lora_linear_core, core_knows)
 dispatch.register_core(TO_X, _to_x, _to_x_core, core_knows)
@@ -199,10 +198,10 @@ _X, _BIAS, _A, _B = 0, 5, 6, 7  # places among the arguments
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, codes, absmax, absmax_scale, absmax_offset, bias, a, b, ctx.scaling, ctx.format, _ = inputs
+    x, codes, first, second, third, bias, a, b, ctx.scaling, ctx.format, _ = inputs
     wants = ctx.needs_input_grad
     kept = (x if wants[_A] else None, output[1] if wants[_B] else None)
-    ctx.save_for_backward(*kept, a, b, codes, absmax, absmax_scale, absmax_offset)
+    ctx.save_for_backward(*kept, a, b, codes, first, second, third)
     ctx.mark_non_differentiable(output[1])
     ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
 

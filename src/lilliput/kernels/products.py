@@ -1,7 +1,7 @@
 """The product with a quantized matrix under one signature, a row of functions a kind of format.
 
 The operations that add something to a base's product (lora_linear.py) look it up here, so that they exist once for all
-formats. Not here: the arithmetic (linear_4bit.py, linear_int8.py).
+formats. Not here: the arithmetic (linear_4bit.py, linear_int8.py, linear_grouped.py).
 """
 
 from __future__ import annotations
@@ -12,14 +12,22 @@ from types import ModuleType
 
 from torch import Tensor
 
-from lilliput.formats import FORMATS, ROW
-from lilliput.kernels.linear_4bit import backward_by_core, backward_reference, by_core, reference
+from lilliput.formats import get_format
+from lilliput.formats.format import Kind
+from lilliput.kernels.linear_4bit import backward_by_core as backward_by_core_4bit
+from lilliput.kernels.linear_4bit import backward_reference as backward_reference_4bit
+from lilliput.kernels.linear_4bit import by_core as by_core_4bit
+from lilliput.kernels.linear_4bit import reference as reference_4bit
+from lilliput.kernels.linear_grouped import backward_by_core as backward_by_core_grouped
+from lilliput.kernels.linear_grouped import backward_reference as backward_reference_grouped
+from lilliput.kernels.linear_grouped import by_core as by_core_grouped
+from lilliput.kernels.linear_grouped import reference as reference_grouped
 from lilliput.kernels.linear_int8 import backward_by_core as backward_by_core_int8
 from lilliput.kernels.linear_int8 import backward_reference as backward_reference_int8
 from lilliput.kernels.linear_int8 import by_core as by_core_int8
 from lilliput.kernels.linear_int8 import reference as reference_int8
 
-Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # codes, absmax, absmax_scale, absmax_offset
+Packed = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # codes and the three constants of their kind
 Shape = tuple[int, int]  # (out, in)
 
 
@@ -41,30 +49,37 @@ class Product:
     backward_by_core: Callable[..., Tensor]
 
 
-# ---- 4 bits ----
+def product_with(format: str) -> Product:
+    """The product with matrices in the format of that name."""
+    return _PRODUCTS[get_format(format).kind]
 
 
-def _forward_4bit(
-    x: Tensor, packed: Packed, bias: Tensor | None, shape: Shape, format: str, threshold: float
-) -> Tensor:
-    return reference(x, *packed, bias, format, shape[0])
+def _takes_format(
+    reference: Callable[..., Tensor],
+    backward_reference: Callable[..., Tensor],
+    by_core: Callable[..., Tensor],
+    of_gradient_by_core: Callable[..., Tensor],
+) -> Product:
+    """The row of functions that take the format's name and one size (linear_4bit.py, linear_grouped.py)."""
 
+    def forward(x: Tensor, packed: Packed, bias: Tensor | None, shape: Shape, format: str, threshold: float) -> Tensor:
+        return reference(x, *packed, bias, format, shape[0])
 
-def _backward_4bit(grad: Tensor, packed: Packed, shape: Shape, format: str) -> Tensor:
-    return backward_reference(grad, *packed, format, shape[1])
+    def backward(grad: Tensor, packed: Packed, shape: Shape, format: str) -> Tensor:
+        return backward_reference(grad, *packed, format, shape[1])
 
+    def forward_by_core(
+        core: ModuleType, x: Tensor, packed: Packed, bias: Tensor | None, shape: Shape, format: str, threshold: float,
+        left: Tensor, right: Tensor,
+    ) -> Tensor:  # fmt: skip
+        return by_core(core, x, *packed, bias, format, shape[0], left, right)
 
-def _forward_4bit_by_core(
-    core: ModuleType, x: Tensor, packed: Packed, bias: Tensor | None, shape: Shape, format: str, threshold: float,
-    left: Tensor, right: Tensor,
-) -> Tensor:  # fmt: skip
-    return by_core(core, x, *packed, bias, format, shape[0], left, right)
+    def backward_by_core(
+        core: ModuleType, grad: Tensor, packed: Packed, shape: Shape, format: str, left: Tensor, right: Tensor
+    ) -> Tensor:
+        return of_gradient_by_core(core, grad, *packed, format, shape[1], left, right)
 
-
-def _backward_4bit_by_core(
-    core: ModuleType, grad: Tensor, packed: Packed, shape: Shape, format: str, left: Tensor, right: Tensor
-) -> Tensor:
-    return backward_by_core(core, grad, *packed, format, shape[1], left, right)
+    return Product(forward, backward, forward_by_core, backward_by_core)
 
 
 # ---- int8 ----
@@ -93,7 +108,8 @@ def _backward_int8_by_core(
     return backward_by_core_int8(core, grad, packed[0].view(shape), packed[1], left, right)
 
 
-_BLOCKS = Product(_forward_4bit, _backward_4bit, _forward_4bit_by_core, _backward_4bit_by_core)
-_ROWS = Product(_forward_int8, _backward_int8, _forward_int8_by_core, _backward_int8_by_core)
-
-PRODUCTS: dict[str, Product] = {name: _ROWS if row.block == ROW else _BLOCKS for name, row in FORMATS.items()}
+_PRODUCTS: dict[Kind, Product] = {
+    "blocks": _takes_format(reference_4bit, backward_reference_4bit, by_core_4bit, backward_by_core_4bit),
+    "rows": Product(_forward_int8, _backward_int8, _forward_int8_by_core, _backward_int8_by_core),
+    "groups": _takes_format(reference_grouped, backward_reference_grouped, by_core_grouped, backward_by_core_grouped),
+}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lilliput import kernels
 from lilliput.errors import FormatError
-from lilliput.formats import Format, QuantizedTensor, get_format, rowwise
-from lilliput.layers.weight import QuantizedWeight, empty_quantized
+from lilliput.formats import TENSORS, Format, Quantized, get_format, rowwise
+from lilliput.layers.weight import QuantizedWeight
 
 
 class QuantizedEmbedding(QuantizedWeight, nn.Embedding):
@@ -25,9 +25,10 @@ class QuantizedEmbedding(QuantizedWeight, nn.Embedding):
     """
 
     dtype: torch.dtype
+    weight_absmax: nn.Parameter  # the only formats of tables have rows
 
     def __init__(
-        self, quantized: QuantizedTensor, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
+        self, quantized: Quantized, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         """Hold `quantized`, without a copy. Raises FormatError when it is no table or `dtype` is not floating,
         UsageError for a format that has no tables.
@@ -63,7 +64,7 @@ class QuantizedEmbedding(QuantizedWeight, nn.Embedding):
     ) -> QuantizedEmbedding:
         """A table with room for the codes and nothing in it yet."""
         row = get_format(format)
-        return cls(empty_quantized((num_embeddings, embedding_dim), row, False, device), padding_idx, dtype)
+        return cls(TENSORS[row.kind].empty(row, (num_embeddings, embedding_dim), {}, device), padding_idx, dtype)
 
     @property
     def weight_shape(self) -> tuple[int, int]:

@@ -127,13 +127,7 @@ def _hash_quantized(model: nn.Module) -> str:
     digest = TensorsHash()
     for name, layer in quantized_layers(model):
         quantized = layer.quantized
-        parts = {
-            "codes": quantized.codes,
-            "absmax": quantized.absmax,
-            "absmax_scale": quantized.absmax_scale,
-            "absmax_offset": quantized.absmax_offset,
-        }
-        for part, value in parts.items():
+        for part, value in zip(("codes", *quantized.CONSTANTS), quantized.packed, strict=True):
             if value is not None:
                 digest.add(f"{_base_name(name)}.{part}", value)
     return digest.hexdigest()

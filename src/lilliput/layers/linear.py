@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lilliput import kernels
 from lilliput.errors import FormatError
-from lilliput.formats import Format, QuantizedTensor, get_format
+from lilliput.formats import TENSORS, Format, Quantized, get_format
 from lilliput.formats.rowwise import check_threshold
-from lilliput.layers.weight import QuantizedWeight, empty_quantized, frozen
+from lilliput.layers.weight import QuantizedWeight, frozen
 
 # As a threshold: every column with a number in it is an outlier, so that no input is rounded.
 _EVERY_COLUMN = torch.finfo(torch.float32).tiny
@@ -38,7 +39,7 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
     transposed: bool = False
     threshold: float
 
-    def __init__(self, quantized: QuantizedTensor, bias: Tensor | None = None, threshold: float | None = None) -> None:
+    def __init__(self, quantized: Quantized, bias: Tensor | None = None, threshold: float | None = None) -> None:
         """Hold `quantized`, of shape (out, in), and `bias` [out]; neither is copied.
 
         Raises FormatError on other shapes, UsageError on a threshold that is negative or that the format has not.
@@ -61,6 +62,7 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
         format: str | Format = "nf4",
         double_quant: bool | None = None,
         threshold: float | None = None,
+        symmetric: bool | None = None,
     ) -> QuantizedLinear:
         """Quantize an `nn.Linear`, or a `Conv1D` (GPT-2), whose weight [in, out] is transposed on the way in.
 
@@ -70,7 +72,7 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
         weight = linear.weight.detach()
         if isinstance(linear, Conv1D):
             weight = weight.t().contiguous()
-        quantized = kernels.quantize(weight, format, double_quant)
+        quantized = kernels.quantize(weight, format, double_quant, symmetric)
         bias = getattr(linear, "bias", None)
         layer = cls(quantized, None if bias is None else bias.detach(), threshold).train(linear.training)
         layer.transposed = isinstance(linear, Conv1D)
@@ -87,11 +89,15 @@ class QuantizedLinear(QuantizedWeight, nn.Linear):
         device: str | torch.device = "meta",
         dtype: torch.dtype | None = None,
         threshold: float | None = None,
+        **options: Any,
     ) -> QuantizedLinear:
-        """A layer with room for the codes and nothing in it yet. `dtype` is the bias's (default: torch's)."""
+        """A layer with room for the codes and nothing in it yet. `dtype` is the bias's (default: torch's).
+
+        `options` are the format's other ones: `symmetric`, `ordered`, `scale_dtype` of groups.
+        """
         row = get_format(format)
-        shape = (out_features, in_features)
-        quantized = empty_quantized(shape, row, row.option("double_quant", double_quant), device)
+        chosen = {"double_quant": double_quant, **options}
+        quantized = TENSORS[row.kind].empty(row, (out_features, in_features), chosen, device)
         return cls(quantized, torch.empty(out_features, device=device, dtype=dtype) if bias else None, threshold)
 
     @property

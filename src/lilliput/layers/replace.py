@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lilliput.errors import UsageError, nearest
-from lilliput.formats import get_format
+from lilliput.formats import Format, get_format
 from lilliput.layers.embedding import QuantizedEmbedding
 from lilliput.layers.linear import QuantizedLinear
 from lilliput.layers.weight import QuantizedWeight
@@ -33,6 +33,9 @@ def replace_linears(
     *,
     threshold: float | None = None,
     embeddings: bool | None = None,
+    symmetric: bool | None = None,
+    ordered: bool | None = None,
+    scale_dtype: str | None = None,
 ) -> list[str]:
     """Replace linear layers of `model` in place by QuantizedLinear and return their names, in the model's order.
 
@@ -48,16 +51,21 @@ def replace_linears(
         threshold: of products in int8 (None: 6.0; see `kernels.linear_int8`).
         embeddings: the table of the model's input tokens too, and the head where it is tied to that (int8; None: no).
             Their names come last in the list.
+        symmetric: the middle code is the zero of all groups (int4, int3, int2, int8g; None: no).
+        ordered, scale_dtype: of layers on the meta device, in groups: whether their columns will come in an order of
+            their own (None: no), and the type of their scales (None: float16).
     Raises:
-        UsageError: an unknown format, an option that the format has not, a name in `skip` that matches no module or
-            shares its weight with the table, or a model without a plain table.
+        UsageError: an unknown format, an option that the format has not or that a load alone can fill, a name in `skip`
+            that matches no module or shares its weight with the table, or a model without a plain table.
     """
     row = get_format(format)
     table = _table(model, skip) if row.option("embeddings", embeddings) else []
     replaced = replaceable(model, skip)
+    chosen = {"double_quant": double_quant, "threshold": threshold, "symmetric": symmetric}
+    stored = {"ordered": ordered, "scale_dtype": scale_dtype}
     for name in replaced:
         linear: Any = model.get_submodule(name)
-        model.set_submodule(name, _quantized_in_place_of(linear, format, double_quant, threshold))
+        model.set_submodule(name, _quantized_in_place_of(linear, row, chosen, stored))
         del linear
     if table:
         _replace_table(model, table, format, threshold)
@@ -120,16 +128,18 @@ def shape_of(linear: nn.Linear | Conv1D) -> tuple[int, int]:
 
 
 def _quantized_in_place_of(
-    linear: nn.Linear | Conv1D, format: str, double_quant: bool | None, threshold: float | None
+    linear: nn.Linear | Conv1D, format: Format, chosen: dict[str, Any], stored: dict[str, Any]
 ) -> QuantizedLinear:
+    """`chosen`: what quantizing asks for; `stored`: what else codes from a checkpoint may have."""
     if linear.weight.device.type != "meta":
-        return QuantizedLinear.from_linear(linear, format, double_quant, threshold)
+        for name, given in stored.items():
+            if format.option(name, given) != format.option(name):
+                raise UsageError(f"{name}={given} is for codes that will be loaded", where="replace_linears")
+        return QuantizedLinear.from_linear(linear, format, **chosen)
     out_features, in_features = shape_of(linear)
     bias = linear.bias
     dtype = None if bias is None else bias.dtype
-    layer = QuantizedLinear.empty(
-        in_features, out_features, bias is not None, format, double_quant, dtype=dtype, threshold=threshold
-    )
+    layer = QuantizedLinear.empty(in_features, out_features, bias is not None, format, dtype=dtype, **chosen, **stored)
     layer.transposed = isinstance(linear, Conv1D)
     return layer
 

@@ -77,6 +77,16 @@ class LoraLayer(nn.Module):
         """s B A of one adapter, float32, in the shape and orientation of the base's weight."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def sum_of(self, names: tuple[str, ...]) -> Tensor:
+        """W and the updates of `names`: a new float32 tensor, [out, in] over a quantized base, else shaped as its W."""
+        base = self.base_layer
+        packed = isinstance(base, QuantizedWeight)
+        total: Tensor = base.dequantize(torch.float32) if packed else base.weight.detach().to(torch.float32, copy=True)
+        for name in names:
+            total += self.update_of(name)
+        return total
+
     @property
     def weight(self) -> Tensor:
         """The base's weight, for models that ask a layer for its dtype or device."""
@@ -94,10 +104,7 @@ class LoraLayer(nn.Module):
         """
         base = self.base_layer
         packed = isinstance(base, QuantizedWeight)
-        total = base.dequantize(torch.float32) if packed else base.weight.detach().to(torch.float32, copy=True)
-        for name in names:
-            total += self.update_of(name)
-        total = total.to(dtype if packed else base.weight.dtype)
+        total = self.sum_of(names).to(dtype if packed else base.weight.dtype)
         if not torch.isfinite(total).all():
             raise FormatError(f"merging {', '.join(names)} gives NaN or infinite weights; the adapter is broken")
         if packed:

@@ -20,7 +20,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lilliput.errors import CheckpointError, FormatError, LilliputError, UsageError, nearest
-from lilliput.formats import FORMATS
+from lilliput.formats import get_format, grouped_format
+from lilliput.formats.format import GROUP, ROW
+from lilliput.formats.grouped import scale_type
 from lilliput.formats.rowwise import check_threshold
 
 if TYPE_CHECKING:
@@ -29,12 +31,13 @@ if TYPE_CHECKING:
 METHOD = "lilliput"
 # What config.json holds for every format; the format's own options stand beside.
 _STORED = ("format", "block", "skip_modules", "weights_sha256")
-_OPTIONS = ("double_quant", "threshold", "embeddings")
+_OF_QUANTIZE = ("double_quant", "symmetric")  # options that `kernels.quantize` takes
+_OPTIONS = ("double_quant", "threshold", "embeddings", "symmetric", "ordered", "scale_dtype")
 
 
 @register_quantization_config(METHOD)
 class LilliputConfig(QuantizationConfigMixin):
-    """What `config.json` remembers of a quantized model. Make one with `NF4Config`, `FP4Config` or `Int8Config`.
+    """What `config.json` remembers of a quantized model. Make one with the class of its format.
 
     An option that is None is the format's own default; one that the format has not is refused when it is asked for.
 
@@ -45,6 +48,10 @@ class LilliputConfig(QuantizationConfigMixin):
             After a load it is the full list.
         threshold: input columns with a larger number are multiplied in float32 (int8; 6.0); 0: none.
         embeddings: the token table too, and the head where it is tied to that (int8; False).
+        symmetric: the middle code is the zero of all groups (int4, int3, int2, int8g; False).
+        ordered: stored columns have an order of their own (the same formats; False, as nothing that quantizes to the
+            nearest makes one).
+        scale_dtype: type of the stored scales (the same formats; "float16").
         weights_sha256: hash of the checkpoint that was quantized; filled in when the model is saved.
         stored: `quant_method` and `block` as a config.json has them; anything else is refused.
     """
@@ -59,6 +66,9 @@ class LilliputConfig(QuantizationConfigMixin):
         weights_sha256: str | None = None,
         threshold: float | None = None,
         embeddings: bool | None = None,
+        symmetric: bool | None = None,
+        ordered: bool | None = None,
+        scale_dtype: str | None = None,
         **stored: Any,
     ) -> None:
         if format is not None and type(self).format not in ("", format):
@@ -66,10 +76,15 @@ class LilliputConfig(QuantizationConfigMixin):
         self.quant_method: Any = METHOD  # transformers says an enumeration, its registry takes any string
         self.format = format or type(self).format
         self._check(stored)
-        row = FORMATS[self.format]
+        row = get_format(self.format)
         self.double_quant: bool = row.option("double_quant", double_quant)
         self.threshold = check_threshold(row.option("threshold", threshold))
         self.embeddings: bool = row.option("embeddings", embeddings)
+        self.symmetric: bool = row.option("symmetric", symmetric)
+        self.ordered: bool = row.option("ordered", ordered)
+        self.scale_dtype: str | None = row.option("scale_dtype", scale_dtype)
+        if self.scale_dtype is not None:
+            scale_type(self.scale_dtype)
         self.skip_modules = None if skip_modules is None else list(skip_modules)
         self.weights_sha256 = weights_sha256
         self.block = row.block
@@ -78,18 +93,13 @@ class LilliputConfig(QuantizationConfigMixin):
     def _check(self, stored: dict[str, Any]) -> None:
         for key in stored.keys() - {"quant_method", "block"}:
             raise UsageError(f"unknown key '{key}'{nearest(key, _STORED + _OPTIONS)}", where="quantization_config")
-        if self.format not in _CONFIGS:
-            known = ", ".join(_CONFIGS)
-            raise UsageError(
-                f"unknown number format '{self.format}'{nearest(self.format, _CONFIGS)}", todo=f"There are: {known}."
-            )
-        if (block := stored.get("block", own := FORMATS[self.format].block)) != own:
+        if (block := stored.get("block", own := get_format(self.format).block)) != own:
             raise CheckpointError(f"blocks of {block} values, expected {own}", where="quantization_config")
 
     @property
     def options(self) -> dict[str, Any]:
         """What holds for each of the format's options."""
-        return {name: getattr(self, name) for name in FORMATS[self.format].options}
+        return {name: getattr(self, name) for name in get_format(self.format).options}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -132,12 +142,43 @@ class Int8Config(LilliputConfig):
         super().__init__(threshold=threshold, skip_modules=skip_modules, embeddings=embeddings, **others)
 
 
+class GroupedConfig(LilliputConfig):
+    """Quantize linear layers to whole numbers with a scale and a zero for each group of a row, to the nearest.
+
+    `from_pretrained(..., quantization_config=GroupedConfig(bits=4, group_size=128))`. For codes that make up for each
+    other's errors, quantize with GPTQ (`lilliput quantize --format gptq`); what that makes loads with this config too.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        group_size: numbers of a row that share scale and zero, a multiple of 32; -1: a whole row.
+        symmetric: the middle code is the zero of all groups.
+    """
+
+    def __init__(
+        self,
+        bits: int | None = None,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        skip_modules: list[str] | None = None,
+        format: str | None = None,
+        **others: Any,
+    ) -> None:
+        if format is None:
+            group = GROUP if group_size is None else group_size
+            format = grouped_format(4 if bits is None else bits, ROW if group == -1 else group).name
+        elif (bits, group_size) != (None, None):
+            raise UsageError(f"format '{format}' says bits and group already", where=type(self).__name__)
+        if get_format(format).kind != "groups":
+            raise UsageError(f"{type(self).__name__} is for groups, not '{format}'")
+        super().__init__(format, symmetric=symmetric, skip_modules=skip_modules, **others)
+
+
 _CONFIGS: dict[str, type[LilliputConfig]] = {"nf4": NF4Config, "fp4": FP4Config, "int8": Int8Config}
 
 
 def config_for(format: str, **arguments: Any) -> LilliputConfig:
     """The config for a number format by name. Raises UsageError with the nearest name when there is none."""
-    return _CONFIGS.get(format, LilliputConfig)(format=format, **arguments)
+    return _CONFIGS.get(get_format(format).name, GroupedConfig)(format=format, **arguments)
 
 
 @register_quantizer(METHOD)
@@ -255,7 +296,8 @@ class _Quantize(ConversionOps):
         if tuple(weight.shape) != layer.weight_shape:
             expected = list(layer.weight_shape)
             raise FormatError(f"shape {list(weight.shape)} in the checkpoint, {expected} in the model")
-        quantized = kernels.quantize(weight, layer.format_name, layer.double_quant)
+        chosen = {name: value for name, value in layer.quantized.options.items() if name in _OF_QUANTIZE}
+        quantized = kernels.quantize(weight, layer.format_name, **chosen)
         if layer.weight.device != weight.device:
             _make_room(model, weight.device)
         layer.fill(quantized)
@@ -295,4 +337,4 @@ def _checkpoint_hash(remembered: str | None, stamps: list[Any]) -> str:
     return hash_files([stamp.path for stamp in stamps])
 
 
-__all__ = ["FP4Config", "Int8Config", "LilliputConfig", "LilliputQuantizer", "NF4Config", "config_for"]
+__all__ = ["FP4Config", "GroupedConfig", "Int8Config", "LilliputConfig", "LilliputQuantizer", "NF4Config", "config_for"]
