@@ -92,15 +92,19 @@ def works(
     (count, columns), out = x.shape, ours.out_features
     flops = 2.0 * count * columns * out
 
+    def stored(name: str) -> int:
+        if name == TORCH:
+            return columns * out * 4
+        layer = layers.get(name)
+        return layer.quantized.nbytes if isinstance(layer, QuantizedLinear) else ours.quantized.nbytes
+
     def side(name: str, call: Callable[[], object]) -> Side:
-        stored = columns * out * 4 if name == TORCH else ours.quantized.nbytes
-        work = {"GFLOP/s": flops} | ({"GB/s": float(stored)} if count <= FEW else {})
+        work = {"GFLOP/s": flops} | ({"GB/s": float(stored(name))} if count <= FEW else {})
         return timed(call, seconds, **work)
 
     sides: dict[str, Side | str] = {}
     for name, layer in layers.items():
-        stored = columns * out * 4 if name == TORCH else ours.quantized.nbytes
-        sides[name] = layer if isinstance(layer, str) else side(name, forward(copies(layer, ring // stored), x))
+        sides[name] = layer if isinstance(layer, str) else side(name, forward(copies(layer, ring // stored(name)), x))
     sides[REFERENCE] = side(REFERENCE, by_reference(forward([ours], x)))
     yield "forward", sides
     if count > FEW:

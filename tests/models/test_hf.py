@@ -18,7 +18,7 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import lilliput
-from lilliput.errors import CheckpointError, UsageError
+from lilliput.errors import CheckpointError, FormatError, UsageError
 from lilliput.layers import QuantizedLinear, identity_of, quantized_layers, replace_linears
 from lilliput.models import load_model
 from lilliput.models.hf import config_for
@@ -31,6 +31,8 @@ CONFIGS = [
     lilliput.FP4Config(),
     lilliput.Int8Config(),
     lilliput.Int8Config(threshold=1.0, embeddings=True),
+    lilliput.GroupedConfig(),
+    lilliput.GroupedConfig(bits=3, group_size=32, symmetric=True),
 ]
 
 
@@ -44,7 +46,8 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_from_pretrained_equals_load_model_and_survives_save_pretrained(kind, config, tmp_path):
     make_model(kind).save_pretrained(tmp_path / "original")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "original", quantization_config=config)
-    ours = load_model(tmp_path / "original", format=config.format, **config.options, progress=False)
+    asked = {name: value for name, value in config.options.items() if name not in ("ordered", "scale_dtype")}
+    ours = load_model(tmp_path / "original", format=config.format, **asked, progress=False)
     assert torch.equal(logits(model), logits(ours))
     assert identity_of(model) == identity_of(ours)
     model.save_pretrained(tmp_path / "saved")
@@ -233,3 +236,57 @@ def test_the_footprint_of_a_gpt_neox_of_2_8_billion():
         model = GPTNeoXForCausalLM(config).to(torch.bfloat16)
     replace_linears(model, "int8", embeddings=True)
     assert model.get_memory_footprint() / 2**30 <= 2.72  # the head is not tied and stays
+
+
+# ---- groups ----
+
+
+def test_grouped_config_says_what_it_holds(tiny_model_dir, tmp_path):
+    config = lilliput.GroupedConfig(bits=2, group_size=64, symmetric=True, skip_modules=["lm_head", "o_proj"])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=config)
+    assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear
+    assert all(layer.quantized.zero is None for _, layer in quantized_layers(model))
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert {key: value for key, value in content.items() if key not in ("skip_modules", "weights_sha256")} == {
+        "quant_method": "lilliput", "format": "int2-g64", "block": 64,
+        "symmetric": True, "ordered": False, "scale_dtype": "float16",
+    }  # fmt: skip
+    again = config_for(**content)
+    assert type(again) is lilliput.GroupedConfig
+    assert again.to_dict() == content
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({}, "int4"),
+        ({"bits": 8}, "int8g"),
+        ({"bits": 3, "group_size": -1}, "int3-row"),
+        ({"group_size": 32}, "int4-g32"),
+    ],
+)
+def test_grouped_config_knows_its_formats_name(given, name):
+    config = lilliput.GroupedConfig(**given)
+    assert config.format == name
+    assert config.options == {"symmetric": False, "ordered": False, "scale_dtype": "float16"}
+    assert config_for(name).to_dict() == config.to_dict()
+
+
+def test_what_grouped_config_does_not_know_is_refused():
+    with pytest.raises(UsageError, match="no format has groups of 5-bit codes"):
+        lilliput.GroupedConfig(bits=5)
+    with pytest.raises(UsageError, match="groups of 100 numbers"):
+        lilliput.GroupedConfig(group_size=100)
+    with pytest.raises(UsageError, match="'int4' says bits and group already"):
+        lilliput.GroupedConfig(bits=4, format="int4")
+    with pytest.raises(UsageError, match="GroupedConfig is for groups, not 'nf4'"):
+        lilliput.GroupedConfig(format="nf4")
+    with pytest.raises(UsageError, match="int4 has no double_quant"):
+        lilliput.GroupedConfig(double_quant=True)
+    with pytest.raises(UsageError, match="nf4 has no symmetric"):
+        lilliput.NF4Config(symmetric=True)
+    with pytest.raises(FormatError, match="scales cannot be held in float64"):
+        lilliput.GroupedConfig(scale_dtype="float64")
+    with pytest.raises(CheckpointError, match="blocks of 64 values, expected 128"):
+        config_for("int4", block=64)

@@ -67,7 +67,9 @@ def test_a_directory_loads_bit_for_bit(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
-@pytest.mark.parametrize(("format", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
+@pytest.mark.parametrize(
+    ("format", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("int4", None), ("int2-row", None)]
+)
 def test_quantizing_while_loading_is_quantizing_what_was_loaded(kind, format, double_quant, tmp_path):
     model = make_model(kind)
     model.save_pretrained(tmp_path)
@@ -251,8 +253,8 @@ def test_a_broken_config_is_refused(content, directory):
 
 def test_a_directory_quantized_by_others_is_refused_with_their_name(directory):
     content = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(content | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(CheckpointError, match="is quantized by 'gptq'"):
+    (directory / "config.json").write_text(json.dumps(content | {"quantization_config": {"quant_method": "aqlm"}}))
+    with pytest.raises(CheckpointError, match="is quantized by 'aqlm', which is not read here"):
         load_model(directory, progress=False)
 
 
@@ -346,6 +348,8 @@ def test_a_broken_file_of_settings_is_named(name, text, said, tiny_model_dir, tm
 def test_options_that_the_model_has_not_are_refused(tiny_model_dir, tmp_path):
     with pytest.raises(UsageError, match="int8 has no double_quant"):
         load_model(tiny_model_dir, format="int8", double_quant=True, progress=False)
+    with pytest.raises(UsageError, match="nf4 has no symmetric"):
+        load_model(tiny_model_dir, format="nf4", symmetric=True, progress=False)
     with pytest.raises(UsageError, match="is not to be quantized, and threshold=6"):
         load_model(tiny_model_dir, threshold=6.0, progress=False)
     save_model(load_model(tiny_model_dir, format="int8", threshold=4.0, progress=False), tmp_path)

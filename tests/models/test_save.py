@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lilliput import lora
 from lilliput.errors import DiskError, FormatError, UsageError
+from lilliput.formats import GroupedTensor
 from lilliput.layers import QuantizedLinear, identity_of, replace_linears
 from lilliput.models import load_model, load_tokenizer, save_model
 from lilliput.models.stream import INDEX, WEIGHTS
@@ -29,7 +30,8 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
 @pytest.mark.parametrize(
-    ("format", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", None), ("none", None)]
+    ("format", "double_quant"),
+    [("nf4", True), ("nf4", False), ("fp4", True), ("int8", None), ("int4-g32", None), ("none", None)],
 )
 def test_a_saved_model_loads_again_bit_for_bit_by_both_ways(kind, format, double_quant, tmp_path):
     make_model(kind).save_pretrained(tmp_path / "original")
@@ -70,6 +72,29 @@ def test_the_config_says_how_it_was_quantized(tmp_path, tiny_model_dir):
     }
     assert content["architectures"] == ["LlamaForCausalLM"]
     assert "_name_or_path" not in content
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_groups_in_an_order_with_scales_of_another_type_come_back(scale_dtype, tmp_path, tiny_llama):
+    """What GPTQ makes: every layer's columns lie in an order of their own."""
+    model = tiny_llama()
+    for name in replace_linears(model, "int3-g32"):
+        q = model.get_submodule(name).quantized
+        order = torch.randperm(q.shape[1]).to(torch.int32)
+        model.get_submodule(name).hold(
+            GroupedTensor(q.format, q.shape, q.codes, q.scale.to(scale_dtype), q.zero, order)
+        )
+    save_model(model, tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert content["ordered"] is True
+    assert content["scale_dtype"] == str(scale_dtype).removeprefix("torch.")
+    for again in (load_model(tmp_path, progress=False), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(logits(again), logits(model))
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor)
+            assert again.state_dict()[name].dtype == tensor.dtype
+    with pytest.raises(UsageError, match="is quantized to int3-g32 already and cannot be loaded as int3"):
+        load_model(tmp_path, format="int3", progress=False)
 
 
 @pytest.mark.parametrize("targets", [["attn.c_proj"], ["c_attn"], "all-linear"])  # attn.c_proj is square

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lilliput.errors import UsageError
@@ -35,14 +35,19 @@ def _causal_classes() -> set[str]:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """How many tokens the model can look at; None when its architecture sets no limit (BLOOM)."""
-    return _first_limit(model, _POSITIONS)
+    return context_limit(model.config)
+
+
+def context_limit(config: PreTrainedConfig) -> int | None:
+    """The same for a config."""
+    return _first_limit(config, _POSITIONS)
 
 
 def longest_row(model: PreTrainedModel) -> int | None:
     """How many tokens a row of several examples may have; None where only the length of each of them counts."""
-    return _first_limit(model, (_ROW,))
+    return _first_limit(model.config, (_ROW,))
 
 
-def _first_limit(model: PreTrainedModel, names: tuple[str, ...]) -> int | None:
-    found = (getattr(model.config.get_text_config(), name, None) for name in names)
+def _first_limit(config: PreTrainedConfig, names: tuple[str, ...]) -> int | None:
+    found = (getattr(config.get_text_config(), name, None) for name in names)
     return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)

@@ -27,7 +27,7 @@ from lilliput.models.stream import StoredTensor
 from lilliput.progress import say
 
 NO_GGUF = "Use the model's safetensors instead."
-_RECIPE = 4  # raised when this file or tokenizer.py makes something else of the same header
+_RECIPE = 5  # raised when this file or tokenizer.py makes something else of the same header
 
 
 def config_directory(file: GgufFile) -> Path:
@@ -167,7 +167,7 @@ def _convert_config(file: GgufFile, directory: Path) -> None:
 def _complete(config: PreTrainedConfig, file: GgufFile) -> None:
     """Take over what transformers leaves at its default."""
     for key, name in family_of(file).settings:
-        if (value := file.metadata.get(f"{file.architecture}.{key}")) is not None:
+        if value := file.metadata.get(f"{file.architecture}.{key}"):  # 0 says that there is none
             setattr(config, name, value)
     if (embedding := file.tensors.get("token_embd.weight")) is not None:
         config.vocab_size = embedding.shape[0]  # not all files say it in their metadata

@@ -2,7 +2,8 @@
 
 Peak memory is that of the quantized model and one tensor. transformers' own `from_pretrained` places the tensors (it
 knows the renamings and ties of every architecture); it is handed readers instead of tensors, and what it would only
-warn about is an error here. Not here: checkpoints quantized by other libraries; loading from the hub's revisions.
+warn about is an error here. Not here: what other libraries' quantized checkpoints hold (foreign.py); loading from the
+hub's revisions.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lilliput.errors import CheckpointError, LilliputError, UsageError, nearest
-from lilliput.formats import FORMATS
+from lilliput.errors import CheckpointError, LilliputError, UsageError
+from lilliput.formats import get_format
 from lilliput.layers.identity import ATTRIBUTE, IdentitySource, Stamp
+from lilliput.models.causal import context_limit
 from lilliput.models.convert import config_directory, model_tensors, of_transformers
+from lilliput.models.foreign import present, quantization_of, reader_for
 from lilliput.models.gguf import hash_gguf, open_gguf
 from lilliput.models.heads import fresh_keys, note_fresh, put_head
 from lilliput.models.hf import METHOD, LilliputConfig, config_for
@@ -80,6 +83,7 @@ def load_model(
     double_quant: bool | None = None,
     threshold: float | None = None,
     embeddings: bool | None = None,
+    symmetric: bool | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
     labels: Sequence[str] | None = None,
@@ -88,11 +92,13 @@ def load_model(
 
     Args:
         model: a Hugging Face directory (safetensors, also sharded), a .gguf file, a hub id, or a catalogue name.
-        format: "nf4", "fp4" or "int8", or "none" for the checkpoint's own numbers. A directory that is quantized
-            already loads as it was stored, with "none" or its own format.
+        format: "nf4", "fp4", "int8" or a grouped one ("int4", "int3-g64", see `formats.get_format`; to the nearest),
+            or "none" for the checkpoint's own numbers. A directory that is quantized already loads as it was stored,
+            with "none" or its own format.
         double_quant: quantize the absmax values too (4-bit formats; None: yes).
         threshold: input columns with a larger number leave the product in int8 (int8; None: 6.0).
         embeddings: the token table too, and the head where it is tied to that (int8; None: no).
+        symmetric: the middle code is the zero of all groups (grouped formats; None: no).
         dtype: of everything that is not quantized (embeddings, norms, heads). float32 is the fast one on most CPUs.
         progress: show a bar on standard error.
         labels: names of classes: the base is loaded under a classifier's head for them (heads.py), random where the
@@ -104,12 +110,9 @@ def load_model(
             that differs from the directory's; labels for a family without classifiers.
         CheckpointError: files missing, cut short or malformed; tensors missing, unexpected or of another shape.
     """
-    if format != "none" and format not in FORMATS:
-        raise UsageError(
-            f"unknown number format '{format}'{nearest(format, [*FORMATS, 'none'])}",
-            todo=f"There are: {', '.join(FORMATS)}, none.",
-        )
-    checkpoint = _open(locate(model))
+    if format != "none":
+        get_format(format)
+    checkpoint = open_checkpoint(locate(model))
     if labels is not None:
         tensors, dense = put_head(checkpoint.config, checkpoint.tensors, checkpoint.stored, labels)
         checkpoint = replace(checkpoint, tensors=tensors, dense=dense)
@@ -120,7 +123,12 @@ def load_model(
             where=checkpoint.source.name,
             todo=f"Use --format {stored.format} (or none), or quantize the original model again.",
         )
-    options = {"double_quant": double_quant, "threshold": threshold, "embeddings": embeddings}
+    options = {
+        "double_quant": double_quant,
+        "threshold": threshold,
+        "embeddings": embeddings,
+        "symmetric": symmetric,
+    }
     wanted = None
     if stored is None and format != "none":
         wanted = config_for(format, skip_modules=checkpoint.dense, **options)
@@ -139,13 +147,14 @@ def _check_options(given: dict[str, Any], stored: LilliputConfig | None, name: s
             raise UsageError(f"{how}, and {option}={value} was asked for", where=name, todo="Leave it out.")
 
 
-def _open(source: Source) -> Checkpoint:
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Config and readers of a located model; no tensor is read. Raises CheckpointError for malformed files."""
     return _open_directory(source) if source.kind == "directory" else _open_gguf(source)
 
 
 def _open_directory(source: Source) -> Checkpoint:
     config = _read_config(source.path)
-    stored = _take_quantization(config, source)
+    stored, tensors = _stored(config, source)
     stamps = [Stamp.of(file) for file in directory_files(source.path)]
     remembered = stored.weights_sha256 if stored else None
     return Checkpoint(
@@ -153,7 +162,7 @@ def _open_directory(source: Source) -> Checkpoint:
         directory=source.path,
         config=config,
         stored=stored,
-        tensors=stored_tensors(source.path, mapped=stored is not None),
+        tensors=tensors,
         hash_weights=partial(_hash_stamped, stamps, remembered, partial(hash_directory, source.path)),
     )
 
@@ -164,7 +173,7 @@ def _open_gguf(source: Source) -> Checkpoint:
     config = _read_config(directory)
     take_over_factors(file, config)
     with torch.device("meta"):
-        empty = _model_class(config)._from_config(config)
+        empty = model_class(config)._from_config(config)
     tied = empty.all_tied_weights_keys
     return Checkpoint(
         source=source,
@@ -190,25 +199,30 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
 
 
-def _take_quantization(config: PreTrainedConfig, source: Source) -> LilliputConfig | None:
-    """How a directory is quantized; refuses what other libraries have quantized."""
-    content = getattr(config, "quantization_config", None)
+def _stored(config: PreTrainedConfig, source: Source) -> tuple[LilliputConfig | None, dict[str, StoredTensor]]:
+    """How a directory is quantized, and its tensors; what other libraries have quantized is shown as ours."""
+    content = quantization_of(config, source.path)
     if content is None:
-        return None
-    method = content.get("quant_method") if isinstance(content, dict) else None
-    if method != METHOD:
-        raise CheckpointError(
-            f"is quantized by '{method}', which is not read here",
-            where=source.name,
-            todo="Give the original model, or load it with transformers and the library that made it.",
-        )
+        return None, stored_tensors(source.path)
+    if content.get("quant_method") == METHOD:
+        return _own_quantization(content, source), stored_tensors(source.path, mapped=True)
+    reader_for(content, source.name)  # what cannot be read is refused before a model is built
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        empty = model_class(config)._from_config(config)
+    stored, tensors = present(content, source.path, empty, source.name)
+    config.quantization_config = stored.to_dict()  # this is what transformers goes by
+    return stored, tensors
+
+
+def _own_quantization(content: dict[str, Any], source: Source) -> LilliputConfig:
     try:
         return LilliputConfig.from_dict(content)
     except LilliputError as error:  # the file's fault, not the caller's
         raise CheckpointError(error.what, where=str(source.path / "config.json"), todo=error.todo) from error
 
 
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that the config names, else the one for language models: causal, or with encoder and decoder."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
@@ -229,7 +243,7 @@ def _fill(checkpoint: Checkpoint, wanted: LilliputConfig | None, dtype: torch.dt
     with bar(verb, len(checkpoint.tensors), shown=progress) as advance, _quiet_transformers():
         counted = {key: replace(t, load=partial(_counted, t.load, advance)) for key, t in checkpoint.tensors.items()}
         try:
-            found: Any = _model_class(checkpoint.config).from_pretrained(
+            found: Any = model_class(checkpoint.config).from_pretrained(
                 None,
                 config=checkpoint.config,
                 state_dict=counted,
@@ -283,13 +297,23 @@ def _check(info: dict[str, Any], name: str) -> None:
 def _finish(loaded: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
     """Generation config, name, identity."""
     name = checkpoint.source.name
-    generation = checkpoint.directory / "generation_config.json"
-    if generation.is_file() and loaded.can_generate():
-        with of_transformers(generation, "is no generation config that transformers can use"):
-            loaded.generation_config = GenerationConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    take_generation_config(loaded, checkpoint.directory)
     loaded.name_or_path = loaded.config.name_or_path = name
     setattr(loaded, ATTRIBUTE, IdentitySource(name, checkpoint.hash_weights))
     return loaded.eval()
+
+
+def take_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """Give `model` the generation config that lies in `directory`, if one does."""
+    path = directory / "generation_config.json"
+    if path.is_file() and model.can_generate():
+        with of_transformers(path, "is no generation config that transformers can use"):
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+
+def context_of(model: str | Path) -> int | None:
+    """How many tokens MODEL can look at; None when its architecture sets no limit. No tensor is read."""
+    return context_limit(open_checkpoint(locate(model)).config)
 
 
 @contextmanager

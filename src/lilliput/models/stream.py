@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, one at a time: where each lies in its file, read when asked for and kept by nobody.
+"""Tensors of a checkpoint, one at a time, in and out: read or made when asked for, and kept by nobody.
 
 A `StoredTensor` looks like a safetensors slice to transformers' loader (`get_shape`, `get_dtype`, `[...]`), which asks
 for the numbers only when it is about to place them. Plain file reads, so that no page of a mapped file counts as ours;
@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lilliput.errors import CheckpointError
-from lilliput.files import TensorsHash, open_safetensors, read_json
+from lilliput.files import TensorsHash, open_safetensors, read_json, replace
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GPTQ_CONFIG = "quantize_config.json"  # beside config.json in directories of AutoGPTQ and GPTQModel
 
 # the names that the safetensors specification gives to element types
 DTYPES: dict[str, torch.dtype] = {
@@ -68,6 +69,19 @@ class StoredTensor:
         return self.load()
 
 
+class Lazy(Protocol):
+    """A tensor that is made when it is asked for and kept by nobody: `load()` gives `dtype` and `shape`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def load(self) -> Callable[[], Tensor]: ...
+
+
 def read_bytes(path: Path, start: int, nbytes: int) -> Tensor:
     """`nbytes` bytes of a file from `start` on, as a uint8 tensor [nbytes] of its own."""
     room = torch.empty(nbytes, dtype=torch.uint8)
@@ -89,12 +103,16 @@ def weight_files(directory: Path) -> list[str]:
 def directory_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory: the single file, or the shards that its index names.
 
+    AutoGPTQ called the single file after its options, gptq_model-4bit-128g.safetensors.
+
     Raises CheckpointError when there are none, or when a shard of the index is missing.
     """
     if (single := directory / WEIGHTS).is_file():
         return [single]
     if (index := directory / INDEX).is_file():
         return _indexed_files(index)
+    if (directory / GPTQ_CONFIG).is_file() and len(named := sorted(directory.glob("*.safetensors"))) == 1:
+        return named
     todo = f"Expected {WEIGHTS} or {INDEX}."
     if pickles := sorted(directory.glob("pytorch_model*.bin")):
         todo = (
@@ -145,9 +163,14 @@ def stored_tensors(directory: Path, *, mapped: bool = False) -> dict[str, Stored
             if tensor.name in tensors:
                 raise CheckpointError(f"tensor '{tensor.name}' lies in another shard too", where=str(file))
             tensors[tensor.name] = tensor
-    if not (directory / WEIGHTS).is_file():
+    if not (directory / WEIGHTS).is_file() and (directory / INDEX).is_file():
         _check_complete(directory / INDEX, tensors)
     return tensors
+
+
+def stored_file(file: Path) -> dict[str, StoredTensor]:
+    """All tensors of one safetensors file by name, none of them read. Raises CheckpointError for a malformed file."""
+    return {tensor.name: tensor for tensor in _tensors_of(file, mapped=False)}
 
 
 def _check_complete(index: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -193,6 +216,38 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
         header = json.loads(opened.read(size))
     header.pop("__metadata__", None)
     return header, 8 + size
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Lazy], written: Callable[[], None] = lambda: None) -> None:
+    """Write a safetensors file of tensors that are loaded one after another, through `files.replace`.
+
+    Args:
+        written: called after each tensor.
+
+    Raises DiskError when it cannot be written, and whatever loading raises; a file that was there is unchanged.
+    """
+    # as the library orders them, so that every tensor begins at a multiple of its element's size
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    said = json.dumps(header, separators=(",", ":")).encode()
+    said += b" " * (-len(said) % 8)
+    with replace(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(said).to_bytes(8, "little") + said)
+        for name in names:
+            file.write(_bytes_of(tensors[name]))
+            written()
+
+
+def _bytes_of(tensor: Lazy) -> memoryview:
+    """The numbers, little endian, row by row."""
+    loaded = tensor.load().detach().cpu().contiguous()
+    assert (loaded.dtype, tuple(loaded.shape)) == (tensor.dtype, tuple(tensor.shape))
+    return loaded.reshape(-1).view(torch.uint8).numpy().data
 
 
 def hash_directory(directory: Path) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import Regex
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.normalizers import Prepend, Replace, Sequence
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -17,22 +16,9 @@ from lilliput.errors import CheckpointError
 from lilliput.models.convert import NO_GGUF, drop_keys, kept, of_transformers
 from lilliput.models.gguf import GgufFile, open_gguf
 from lilliput.models.locate import locate
+from lilliput.models.pre_tokenizers import cut_named
 from lilliput.progress import warn
 
-# Regular expressions by the name in `tokenizer.ggml.pre`, as llama.cpp applies them one after another
-# (src/llama-vocab.cpp).
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {
-    "smollm": (r"\p{N}", _GPT2),
-    "starcoder": (r"\p{N}", _GPT2),
-    "refact": (r"\p{N}", _GPT2),
-    "llama-bpe": (_WORDS % "{1,3}",),
-    "llama3": (_WORDS % "{1,3}",),
-    "qwen2": (_WORDS % "",),
-}
 _AS_CONVERTED = ("default", "gpt-2")  # what transformers makes of them is right
 
 
@@ -64,6 +50,7 @@ def _convert(file: GgufFile, directory: Path) -> None:
     if (length := file.metadata.get(f"{file.architecture}.context_length")) is not None:
         tokenizer.model_max_length = length
     _set_pre_tokenizer(tokenizer, file)
+    _set_blanks(tokenizer, file)
     _set_bos(tokenizer, file)
     tokenizer.save_pretrained(directory)
     drop_keys(directory / "tokenizer_config.json", "is_local", "local_files_only")
@@ -74,11 +61,21 @@ def _set_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> No
     name = file.metadata.get("tokenizer.ggml.pre", "default")
     if file.metadata.get("tokenizer.ggml.model") != "gpt2" or name in _AS_CONVERTED:
         return
-    if name not in _SPLITS:
+    if (cut := cut_named(name)) is None:
         warn(f"{file.path.name}: the pre-tokenizer '{name}' is not known here; text may be cut into other tokens")
         return
-    splits = [Split(Regex(pattern), behavior="isolated") for pattern in _SPLITS[name]]
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = cut.pre_tokenizer()
+    if cut.ignore_merges:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+
+
+def _set_blanks(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> None:
+    """For sentencepiece: put a blank in front of text, or none, as the metadata say; also where it begins with one."""
+    if file.metadata.get("tokenizer.ggml.model") != "llama":
+        return
+    front = [Prepend("▁")] if file.metadata.get("tokenizer.ggml.add_space_prefix", True) else []
+    tokenizer.backend_tokenizer.normalizer = Sequence([*front, Replace(" ", "▁")])
+    tokenizer.backend_tokenizer.pre_tokenizer = None
 
 
 def _set_bos(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> None:

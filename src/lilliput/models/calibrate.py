@@ -1,0 +1,562 @@
+"""GPTQ through a whole model, a decoder layer after the other: what each gets from those before it, already quantized.
+
+    for each layer:  fill it from the checkpoint, in float32
+                     run the calibration text through it; before a linear layer computes, quantize it for what it gets
+                     (so that the next one inside the layer sees its errors: "true sequential")
+                     write its codes, keep what comes out, empty it
+
+Only one layer is in memory in full precision. All of a text that fits `memory` goes through a layer at once, which then
+is computed once; a longer one goes in batches, and the layer once for each group of linear layers that share an input.
+Hidden states lie in memory, or in a mapped file. A finished layer is a file: a run that was stopped goes on behind it,
+by running what is finished on the text again, and ends with the same bytes.
+Source: GPTQ, arXiv 2210.17323, section 4. Not here: a layer's codes (gptq.py), the file layout (gptq_files.py), what
+can be said of a result (gptq_report.py).
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from lilliput.errors import CheckpointError, DataError, UsageError
+from lilliput.files import read_json, sha256_text, write_json, write_safetensors
+from lilliput.formats.grouped import GroupedTensor, dequantize_groups
+from lilliput.layers.identity import Stamp
+from lilliput.models.gptq import Gptq, Hessian, round_to_nearest, solve
+from lilliput.models.gptq_files import GPTQ_CONFIG, PARTS, convention_for, gptq_config, pack_gptq, unpack_gptq
+from lilliput.models.gptq_report import GptqReport, ModuleResult
+from lilliput.models.load import Checkpoint, open_checkpoint, take_generation_config
+from lilliput.models.locate import locate
+from lilliput.models.save import save_tensors
+from lilliput.models.skeleton import Call, Skeleton, run_layer
+from lilliput.models.stream import StoredTensor, stored_file
+from lilliput.progress import bar, say, warn
+
+UNFINISHED = ".gptq"  # a folder of the result with the layers that are done
+_STATE = "state.json"
+_FEW = 4  # tokens for each column of the widest layer below which a warning is given
+_ROOM = 6  # tensors as wide as a layer's widest that are alive at once while a layer runs, about
+_EMBEDDING_ROWS = 8  # segments whose embeddings are made at once
+
+
+class _Reached(Exception):
+    """Leaves a layer's forward before the linear layer whose inputs were wanted."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is wanted, checked."""
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    settings: Gptq
+    out: Path
+    rounding: str
+    dtype: torch.dtype | None
+    memory: int
+
+
+def quantize_gptq(
+    model: str | Path,
+    out: str | Path,
+    ids: Tensor | None,
+    settings: Gptq | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    rounding: str = "gptq",
+    dtype: torch.dtype | None = None,
+    memory: float = 2.0,
+    on_disk: bool | None = None,
+    progress: bool = True,
+) -> GptqReport:
+    """Quantize the decoder layers of a causal model and write them as a GPTQ checkpoint.
+
+    Args:
+        model: a MODEL argument (see `load_model`); not quantized.
+        out: the directory to write; made if it is not there. One with the unfinished layers of the same job goes on.
+        ids: int64 [segments, length], the calibration text; None with rounding="nearest".
+        settings: bits, groups and the solver's options; None: the defaults.
+        tokenizer: written beside, when given.
+        rounding: "gptq", or "nearest" for each number by itself, without a text.
+        dtype: of what is not quantized; None: as stored, but float32 becomes float16.
+        memory: GiB that running one layer on the text may take; more text than fits goes in batches.
+        on_disk: whether hidden states lie in a mapped file; None: when they take more than a quarter of the memory.
+        progress: show a bar.
+
+    Returns:
+        What each layer came to; also written to `out` as gptq.json.
+
+    Raises:
+        UsageError: a model that is quantized already, is no causal model or has no plain list of decoder layers; `out`
+            is a file, or holds the unfinished layers of another job; sizes that are no multiples of 32; an unknown
+            rounding.
+        DataError: no text, or one with tokens that the model does not know.
+        FormatError: a weight or an input that is NaN or Inf (says which).
+        CheckpointError: files missing or malformed.
+    """
+    settings = settings or Gptq()
+    started = time.perf_counter()
+    job = _prepare(model, Path(out), settings, rounding, dtype, memory)
+    _check_text(ids, job)
+    state = _State.open(job, ids)
+    if ids is not None and rounding == "gptq":
+        _walk(job, state, ids, on_disk, progress)
+    else:
+        _round_all(job, state, progress)
+    _finish(job, state, tokenizer, progress)
+    seconds = state.seconds + time.perf_counter() - started
+    report = GptqReport(
+        job.checkpoint.source.name,
+        settings,
+        rounding,
+        state.modules,
+        0 if ids is None else ids.numel(),
+        round(seconds, 2),
+        _peak(),
+        (job.out / "model.safetensors").stat().st_size,
+    )
+    write_json(job.out / "gptq.json", report.to_json())
+    shutil.rmtree(job.out / UNFINISHED, ignore_errors=True)
+    return report
+
+
+# ---- before ----
+
+
+def _prepare(
+    model: str | Path, out: Path, settings: Gptq, rounding: str, dtype: torch.dtype | None, memory: float
+) -> _Job:
+    if rounding not in ("gptq", "nearest"):
+        raise UsageError(f"unknown rounding '{rounding}'", todo="There are: gptq, nearest.")
+    if out.exists() and not out.is_dir():
+        raise UsageError("is a file, expected a directory to save into", where=str(out))
+    checkpoint = open_checkpoint(locate(model))
+    if checkpoint.stored is not None:
+        raise UsageError(
+            f"is quantized to {checkpoint.stored.format} already",
+            where=checkpoint.source.name,
+            todo="Quantize the original model.",
+        )
+    skeleton = Skeleton(checkpoint)
+    take_generation_config(skeleton.model, checkpoint.directory)
+    if not skeleton.linears():
+        raise UsageError("has no linear layers in its decoder layers", where=checkpoint.source.name)
+    _check_sizes(skeleton)
+    return _Job(checkpoint, skeleton, settings, out, rounding, dtype, int(memory * 2**30))
+
+
+def _check_sizes(skeleton: Skeleton) -> None:
+    """Refuse at once what the file layout cannot hold; packing would refuse it after hours."""
+    for name in skeleton.linears():
+        shape = skeleton.tensors[f"{skeleton.prefix(0)}{name}.weight"].shape
+        if any(side % 32 for side in shape):
+            raise UsageError(
+                f"'{name}' is {list(shape)}; GPTQ files hold layers whose sizes are multiples of 32",
+                where=skeleton.name,
+                todo="Use --format int4, which holds any size.",
+            )
+
+
+def _check_text(ids: Tensor | None, job: _Job) -> None:
+    if job.rounding == "nearest":
+        return
+    if ids is None or ids.dim() != 2 or ids.numel() < 2:
+        raise DataError("there is no calibration text", todo="Give one, or round to nearest.")
+    if int(ids.max()) >= job.skeleton.model.config.get_text_config().vocab_size or int(ids.min()) < 0:
+        raise DataError("the calibration text has tokens that the model does not know", todo="Use its own tokenizer.")
+    widest = max(_columns(job.skeleton, name) for name in job.skeleton.linears())
+    if ids.numel() < _FEW * widest:
+        warn(
+            f"{ids.numel():,} tokens of calibration for layers of up to {widest:,} inputs: below {_FEW * widest:,} "
+            "errors grow on other texts; give more text, or more and longer samples"
+        )
+
+
+def _columns(skeleton: Skeleton, name: str) -> int:
+    linear = skeleton.layers[0].get_submodule(name)
+    return linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.weight.shape[1]
+
+
+# ---- what is done already ----
+
+
+@dataclass
+class _State:
+    """The layers that are done: their files, and what is known of them."""
+
+    folder: Path
+    job: str
+    modules: list[ModuleResult]
+    layers: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def open(cls, job: _Job, ids: Tensor | None) -> _State:
+        """Go on with what `out` holds, or begin.
+
+        Raises UsageError when the unfinished layers there are another job's.
+        """
+        folder, mark = job.out / UNFINISHED, _mark(job, ids)
+        if not (folder / _STATE).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            return cls(folder, mark, [])
+        known = read_json(folder / _STATE)
+        if known.get("job") != mark:
+            raise UsageError(
+                "holds the unfinished layers of another model, text or settings",
+                where=str(job.out),
+                todo=f"Give the same command again, another directory, or remove {folder}.",
+            )
+        state = cls(folder, mark, [ModuleResult(**m) for m in known["modules"]], known["layers"], known["seconds"])
+        say(f"Going on behind layer {state.layers} of {len(job.skeleton)}")
+        return state
+
+    def file(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:05d}.safetensors"
+
+    def add(self, tensors: dict[str, Tensor], modules: list[ModuleResult], seconds: float) -> None:
+        """Write a layer, then that it is done."""
+        write_safetensors(self.file(self.layers), tensors)
+        self.layers, self.modules = self.layers + 1, [*self.modules, *modules]
+        self.seconds += seconds
+        known = [asdict(module) for module in self.modules]
+        write_json(
+            self.folder / _STATE,
+            {"job": self.job, "layers": self.layers, "seconds": self.seconds, "modules": known},
+        )
+
+
+def _mark(job: _Job, ids: Tensor | None) -> str:
+    """Another one for another checkpoint, text or settings."""
+    source = job.checkpoint.source.path
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    stamps = [str((file.name, Stamp.of(file).size, Stamp.of(file).modified)) for file in files]
+    text = "" if ids is None else sha256_text(str(ids.tolist()))
+    return sha256_text("\n".join([*stamps, text, repr(job.settings), job.rounding, str(job.dtype)]))
+
+
+# ---- layer after layer ----
+
+
+def _walk(job: _Job, state: _State, ids: Tensor, on_disk: bool | None, progress: bool) -> None:
+    skeleton = job.skeleton
+    with (
+        _hidden_states(job, state, ids, on_disk) as hidden,
+        torch.no_grad(),
+        bar(_title(job), len(skeleton) * len(skeleton.linears()), shown=progress) as advance,
+    ):
+        rows = _rows_at_once(job, ids)
+        calls = _begin(skeleton, ids, hidden, rows)
+        for index in range(len(skeleton)):
+            if index < state.layers:
+                _run_again(job, state, index, hidden, calls, advance)
+                continue
+            started = time.perf_counter()
+            with skeleton.filled(index) as layer:
+                work = _Layer(job, index, layer, advance)
+                batches = [(some, calls[len(some)][index]) for some in hidden.split(rows)]
+                work.in_one_pass(*batches[0]) if len(batches) == 1 else work.in_stages(batches)
+                state.add(work.tensors, work.results, time.perf_counter() - started)
+
+
+def _title(job: _Job) -> str:
+    return f"Quantizing {Path(job.checkpoint.source.name).name} to {job.settings.bits} bits"
+
+
+def _rows_at_once(job: _Job, ids: Tensor) -> int:
+    """Segments that can run through a layer at once: what is alive in it is about six times its widest tensor."""
+    linears = [job.skeleton.layers[0].get_submodule(name) for name in job.skeleton.linears()]
+    widest = max(max(linear.weight.shape) for linear in linears)
+    return max(1, min(len(ids), job.memory // (4 * ids.shape[1] * widest * _ROOM)))
+
+
+@contextmanager
+def _hidden_states(job: _Job, state: _State, ids: Tensor, on_disk: bool | None) -> Iterator[Tensor]:
+    """Room for float32 [segments, length, d]: memory, or a mapped file that is gone afterwards."""
+    shape = (*ids.shape, job.skeleton.model.config.get_text_config().hidden_size)
+    size = ids.numel() * shape[-1]
+    if on_disk is None:
+        on_disk = 4 * size > _memory() // 4
+    if not on_disk:
+        yield torch.empty(shape)
+        return
+    path = state.folder / "hidden.bin"
+    try:
+        yield torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _begin(skeleton: Skeleton, ids: Tensor, hidden: Tensor, rows: int) -> dict[int, list[Call]]:
+    """Fill in what the first layer gets; what layers are called with, for each number of rows that comes up."""
+    calls: dict[int, list[Call]] = {}
+    with skeleton.beginning() as beginning:
+        for some, place in zip(ids.split(rows), hidden.split(rows), strict=True):
+            for few, part in zip(some.split(_EMBEDDING_ROWS), place.split(_EMBEDDING_ROWS), strict=True):
+                part.copy_(beginning.start(few).hidden)
+            if len(some) not in calls:
+                calls[len(some)] = beginning.start(some).calls
+    return calls
+
+
+def _run_again(
+    job: _Job, state: _State, index: int, hidden: Tensor, calls: dict[int, list[Call]], advance: Callable[..., None]
+) -> None:
+    """What comes out of a layer that is done already."""
+    stored = stored_file(state.file(index))
+    with job.skeleton.filled(index) as layer:
+        for name in job.skeleton.linears():
+            q = _stored(stored, f"{job.skeleton.prefix(index)}{name}", job.settings)
+            _put(layer.get_submodule(name), dequantize_groups(q, torch.float32))
+            advance(note=f"layer {index}: done before")
+        for some in hidden.split(_batch(calls)):
+            some.copy_(run_layer(layer, some, calls[len(some)][index]))
+
+
+def _batch(calls: dict[int, list[Call]]) -> int:
+    return max(calls)
+
+
+def _stored(stored: dict[str, StoredTensor], name: str, settings: Gptq) -> GroupedTensor:
+    tensors = {part: stored[f"{name}.{part}"].load() for part in PARTS}
+    return unpack_gptq(tensors, settings.bits, settings.group, convention_for(settings.symmetric))
+
+
+class _Layer:
+    """One filled layer on its way: linear layers become codes, in the order in which they are computed."""
+
+    def __init__(self, job: _Job, index: int, layer: nn.Module, advance: Callable[..., None]) -> None:
+        self.job, self.index, self.layer, self.advance = job, index, layer, advance
+        self.linears = {name: layer.get_submodule(name) for name in job.skeleton.linears()}
+        self.tensors = dict(_dense(job, job.skeleton.prefix(index), job.skeleton.linears()))
+        self.results: list[ModuleResult] = []
+
+    def in_one_pass(self, hidden: Tensor, call: Call) -> None:
+        """All of the text at once: each linear layer is quantized when its inputs arrive, and then computes."""
+        known: list[Any] = [None, None]  # an input, and its Hessian: layers that share one share the other
+
+        def quantize_first(name: str, x: Tensor) -> None:
+            if known[0] is not x:
+                known[:] = x, _hessian_of(x)
+            self.quantize(name, known[1])
+
+        with self._watching(quantize_first):
+            hidden.copy_(run_layer(self.layer, hidden, call))
+        self._round_the_rest()
+
+    def in_stages(self, batches: list[tuple[Tensor, Call]]) -> None:
+        """Batch after batch, as often as there are groups of linear layers with an input of their own."""
+        for stage in self._stages(*batches[0]):
+            hessian: list[Hessian] = []
+
+            def add(name: str, x: Tensor, first: str = stage[0], sums: list[Hessian] = hessian) -> None:
+                if name != first:
+                    return
+                if not sums:
+                    sums.append(Hessian(x.shape[-1]))
+                sums[0].add(x)
+                raise _Reached
+
+            with self._watching(add):
+                for some, call in batches:
+                    with suppress(_Reached):
+                        run_layer(self.layer, some, call)
+            for name in stage:
+                self.quantize(name, hessian[0])
+        self._round_the_rest()
+        for some, call in batches:
+            some.copy_(run_layer(self.layer, some, call))
+
+    def _stages(self, hidden: Tensor, call: Call) -> list[list[str]]:
+        """Names of the linear layers in the order of their computation; those with the same input together."""
+        stages: list[list[str]] = []
+        inputs: list[Tensor] = []
+
+        def note(name: str, x: Tensor) -> None:
+            if inputs and inputs[-1] is x:
+                stages[-1].append(name)
+            elif not any(name in stage for stage in stages):
+                stages.append([name])
+                inputs.append(x)
+
+        with self._watching(note):
+            run_layer(self.layer, hidden, call)
+        return stages
+
+    @contextmanager
+    def _watching(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Call `see` with the name and the input of each linear layer before it computes."""
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda module, args: see(name, args[0])
+
+        handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in self.linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _round_the_rest(self) -> None:
+        """Linear layers that the text never reached (an expert that nobody asked)."""
+        done = {result.module for result in self.results}
+        for name in self.linears:
+            if name not in done:
+                warn(f"layer {self.index}: the text never reached '{name}'; it is rounded to nearest")
+                self.quantize(name, None)
+
+    def quantize(self, name: str, hessian: Hessian | None) -> None:
+        """Codes for a linear layer; it computes with what they stand for from now on. A second time changes nothing."""
+        if any(result.module == name for result in self.results):
+            return
+        started, linear, settings = time.perf_counter(), self.linears[name], self.job.settings
+        held: Any = linear.weight
+        weight = held.t() if isinstance(linear, Conv1D) else held
+        error, damp, dead = None, None, 0
+        with _named(f"{self.job.skeleton.prefix(self.index)}{name}"):
+            if hessian is None:
+                q = round_to_nearest(weight, settings)
+            else:
+                found = solve(weight, hessian.mean(), settings)
+                q, error, damp, dead = found.quantized, found.error, found.damp, found.dead
+            packed = pack_gptq(q, convention_for(settings.symmetric))
+        self.tensors |= {f"{self.job.skeleton.prefix(self.index)}{name}.{part}": t for part, t in packed.items()}
+        distance = _put(linear, dequantize_groups(q, torch.float32))
+        size = sum(tensor.nbytes for tensor in packed.values())
+        self.results.append(
+            ModuleResult(
+                self.index, name, tuple(q.shape), error, distance, damp, dead, size, time.perf_counter() - started
+            )
+        )
+        self.advance(note=f"layer {self.index} {name}" + ("" if error is None else f": error {error:.2e}"))
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say of a fault inside which layer it is in."""
+    from lilliput.errors import FormatError
+
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(error.what, where=name, todo=error.todo) from error
+
+
+def _hessian_of(x: Tensor) -> Hessian:
+    hessian = Hessian(x.shape[-1])
+    hessian.add(x)
+    return hessian
+
+
+def _put(linear: nn.Module, weight: Tensor) -> float:
+    """Let the layer compute with `weight` [out, in]; returns the relative distance from what it had."""
+    held: Any = linear.weight
+    own = weight.t() if isinstance(linear, Conv1D) else weight
+    distance = float((held - own).norm() / held.norm().clamp(min=1e-30))
+    held.copy_(own)
+    return distance
+
+
+def _dense(job: _Job, prefix: str, linears: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """What is not quantized among the tensors that begin with `prefix`."""
+    quantized = {f"{prefix}{name}.weight" for name in linears}
+    for name, tensor in job.skeleton.tensors.items():
+        if name.startswith(prefix) and name not in quantized:
+            yield name, _small(tensor.load(), job)
+
+
+def _small(tensor: Tensor, job: _Job) -> Tensor:
+    """In the type that is wanted; float32 becomes float16 where its numbers allow it."""
+    if not tensor.is_floating_point():
+        return tensor
+    if job.dtype is not None:
+        return tensor.to(job.dtype)
+    return tensor.half() if tensor.dtype in (torch.float32, torch.float64) else tensor
+
+
+def _round_all(job: _Job, state: _State, progress: bool) -> None:
+    linears, skeleton = job.skeleton.linears(), job.skeleton
+    with torch.no_grad(), bar(_title(job), len(skeleton) * len(linears), shown=progress) as advance:
+        for index in range(state.layers, len(skeleton)):
+            started = time.perf_counter()
+            with skeleton.filled(index) as layer:
+                work = _Layer(job, index, layer, advance)
+                for name in linears:
+                    work.quantize(name, None)
+                state.add(work.tensors, work.results, time.perf_counter() - started)
+            advance(0)
+
+
+# ---- after ----
+
+
+def _finish(job: _Job, state: _State, tokenizer: PreTrainedTokenizerBase | None, progress: bool) -> None:
+    """One file of all layers and of what stands around them, and the configs."""
+    settings, skeleton = job.settings, job.skeleton
+    tensors: dict[str, Any] = {}
+    for index in range(len(skeleton)):
+        tensors |= stored_file(state.file(index))
+    dtype = _kept_type(job)
+    for name, tensor in skeleton.outside().items():
+        kept = dtype if tensor.dtype.is_floating_point else tensor.dtype
+        tensors[name] = replace(tensor, dtype=kept, load=_converted(tensor, job))
+    quantization = gptq_config(
+        settings.format,
+        symmetric=settings.symmetric,
+        ordered=settings.ordered,
+        static_groups=settings.static_groups,
+        damp_percent=settings.damp,
+        weights_sha256=job.checkpoint.hash_weights(),
+        meta={"rounding": job.rounding, "search": settings.search, "refine": settings.refine},
+    )
+    save_tensors(
+        skeleton.model,
+        tensors,
+        job.out,
+        tokenizer,
+        dtype=dtype,
+        quantization=quantization,
+        beside={GPTQ_CONFIG: quantization},
+        progress=progress,
+    )
+
+
+def _converted(tensor: StoredTensor, job: _Job) -> Callable[[], Tensor]:
+    return lambda: _small(tensor.load(), job)
+
+
+def _kept_type(job: _Job) -> torch.dtype:
+    """Of what is not quantized."""
+    if job.dtype is not None:
+        return job.dtype
+    types = {tensor.dtype for tensor in job.skeleton.tensors.values() if tensor.dtype.is_floating_point}
+    if len(types) == 1 and (only := types.pop()) in (torch.bfloat16, torch.float16):
+        return only
+    if types & {torch.bfloat16}:
+        raise CheckpointError(
+            "holds tensors of several types", where=job.checkpoint.source.name, todo="Say which to write with --dtype."
+        )
+    return torch.float16
+
+
+def _peak() -> int:
+    """The most bytes that the process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _memory() -> int:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,217 @@
+"""GPTQ through a whole model: what is written, in passes and in stages, stopped and gone on with; what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lilliput.errors import DataError, FormatError, UsageError
+from lilliput.layers import QuantizedLinear, quantized_layers
+from lilliput.models import Gptq, calibrate, load_model, quantize_gptq, save_model
+from lilliput.models.calibrate import UNFINISHED
+from lilliput.models.skeleton import Skeleton
+from lilliput.progress import console
+from tests.conftest import make_tiny_llama
+from tests.models.conftest import make_model
+
+IDS = torch.randint(3, 500, (8, 48), generator=torch.Generator().manual_seed(0))
+SMALL = Gptq(group=32)
+TINY = 1e-4  # GiB: so little that one segment goes through a layer at a time
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dense")
+    make_tiny_llama(num_hidden_layers=3).save_pretrained(directory)
+    return directory
+
+
+def quantize(model: Path, out: Path, settings: Gptq = SMALL, ids: Tensor | None = IDS, **options: Any) -> Any:
+    return quantize_gptq(model, out, ids, settings, progress=False, **options)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(IDS[:2]).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2", "phi3", "gpt2"])
+def test_what_is_written_opens_and_computes_with_its_codes(kind: str, tmp_path: Path) -> None:
+    original = make_model(kind)
+    original.save_pretrained(tmp_path / "dense")
+    report = quantize(tmp_path / "dense", tmp_path / "out")
+    opened = load_model(tmp_path / "out", progress=False)
+    names = [name for name, _ in quantized_layers(opened)]
+    assert len(names) == len(report.modules) == sum(1 for name in names if "layers." in name or ".h." in name)
+    for name, layer in quantized_layers(opened):
+        assert isinstance(layer, QuantizedLinear)
+        held: Any = original.get_submodule(name).weight
+        held.data = layer.dequantize().t().contiguous() if kind == "gpt2" else layer.dequantize()
+    with torch.no_grad():
+        expected = original.half().float()(IDS[:2]).logits  # what is not quantized is written in float16
+    torch.testing.assert_close(logits(opened), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Gptq(bits=2, group=32),
+        Gptq(bits=3, group=64, symmetric=True),
+        Gptq(bits=8, group=-1),
+        Gptq(group=32, static_groups=False),
+        Gptq(group=32, static_groups=False, symmetric=True, refine=0, search=False),
+    ],
+)
+def test_bits_groups_and_orders(settings: Gptq, dense: Path, tmp_path: Path) -> None:
+    report = quantize(dense, tmp_path, settings)
+    opened = load_model(tmp_path, progress=False)
+    kinds = {layer.format_name for _, layer in quantized_layers(opened)}
+    assert kinds == {settings.format.name}
+    content = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (content["bits"], content["desc_act"]) == (settings.bits, settings.ordered)
+    assert content["sym"] == settings.symmetric
+    assert all(module.error is not None and 0 < module.error < 1 for module in report.modules)
+    near = (logits(opened) - logits(load_model(dense, progress=False))).norm() / logits(opened).norm()
+    assert near < {2: 0.9, 3: 0.5, 4: 0.3, 8: 0.02}[settings.bits]
+
+
+def test_stages_give_what_one_pass_gives(dense: Path, tmp_path: Path) -> None:
+    once = quantize(dense, tmp_path / "once")
+    staged = quantize(dense, tmp_path / "staged", memory=TINY)
+    assert [module.module for module in once.modules] == [module.module for module in staged.modules]
+    for one, other in zip(once.modules, staged.modules, strict=True):
+        assert one.error == pytest.approx(other.error, rel=0.05)  # sums in another order may choose other codes
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "once", progress=False)),
+        logits(load_model(tmp_path / "staged", progress=False)),
+        rtol=0,
+        atol=0.05,
+    )
+
+
+def test_it_is_better_than_rounding_to_nearest(dense: Path, tmp_path: Path) -> None:
+    quantize(dense, tmp_path / "gptq", Gptq(bits=3, group=64))
+    report = quantize(dense, tmp_path / "nearest", Gptq(bits=3, group=64), None, rounding="nearest")
+    assert {module.error for module in report.modules} == {None}
+    truth = logits(load_model(dense, progress=False))
+    fitted, nearest = (
+        (logits(load_model(tmp_path / way, progress=False)) - truth).norm() for way in ("gptq", "nearest")
+    )
+    assert fitted < nearest
+
+
+@pytest.mark.parametrize("calls", [0, 1, 9, 20])
+def test_a_stopped_run_goes_on_with_the_same_bytes(
+    calls: int, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(dense, tmp_path / "whole")
+    left, solve = [calls], calibrate.solve
+
+    def stopping(*arguments: Any) -> Any:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return solve(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(calibrate, "solve", stopping)
+        quantize(dense, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "config.json").exists()
+    report = quantize(dense, tmp_path / "parts")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(report.modules) == 21
+    assert not (tmp_path / "parts" / UNFINISHED).exists()
+
+
+def test_unfinished_layers_of_another_job_are_refused(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(calibrate, "_finish", stop)
+        quantize(dense, tmp_path)
+    for changed in ({"settings": Gptq(group=64)}, {"ids": IDS + 1}, {"dtype": torch.float32}):
+        with pytest.raises(UsageError, match="another model, text or settings"):
+            quantize(dense, tmp_path, **changed)
+    quantize(dense, tmp_path)
+
+
+def test_hidden_states_may_lie_on_the_disk(dense: Path, tmp_path: Path) -> None:
+    quantize(dense, tmp_path / "memory", on_disk=False)
+    quantize(dense, tmp_path / "disk", on_disk=True)
+    files = [tmp_path / way / "model.safetensors" for way in ("memory", "disk")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_one_layer_is_filled_at_a_time(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    solve, skeletons = calibrate.solve, []
+    built = Skeleton.__init__
+
+    def keep(self: Skeleton, *arguments: Any) -> None:
+        built(self, *arguments)
+        skeletons.append(self)
+
+    def look(*arguments: Any) -> Any:
+        (skeleton,) = skeletons
+        filled = [i for i, layer in enumerate(skeleton.layers) if any(not p.is_meta for p in layer.parameters())]
+        outside = [n for n, p in skeleton.model.named_parameters() if not n.startswith(skeleton.path) and not p.is_meta]
+        assert not outside
+        seen.append(filled)
+        return solve(*arguments)
+
+    monkeypatch.setattr(Skeleton, "__init__", keep)
+    monkeypatch.setattr(calibrate, "solve", look)
+    quantize(dense, tmp_path)
+    assert seen == [[layer] for layer in range(3) for _ in range(7)]
+
+
+def test_the_report_is_written(dense: Path, tmp_path: Path) -> None:
+    report = quantize(dense, tmp_path)
+    content = json.loads((tmp_path / "gptq.json").read_text())
+    assert content["tokens"] == IDS.numel()
+    assert len(content["modules"]) == 21
+    assert content["bits_per_weight"] == pytest.approx(report.bits_per_weight, abs=1e-4)
+    assert 4 < report.bits_per_weight < 6.5
+
+
+def test_little_text_is_a_warning_with_numbers(dense: Path, tmp_path: Path) -> None:
+    with console.capture() as said:
+        quantize(dense, tmp_path, ids=IDS[:1])
+    assert "48 tokens of calibration for layers of up to 128 inputs" in " ".join(said.get().split())
+
+
+def test_bad_input_is_refused(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown rounding"):
+        quantize(dense, tmp_path / "x", rounding="best")
+    with pytest.raises(DataError, match="no calibration text"):
+        quantize(dense, tmp_path / "x", ids=None)
+    with pytest.raises(DataError, match="does not know"):
+        quantize(dense, tmp_path / "x", ids=IDS + 500)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        quantize(dense, tmp_path / "file")
+    save_model(load_model(dense, format="nf4", progress=False), tmp_path / "nf4")
+    with pytest.raises(UsageError, match="quantized to nf4 already"):
+        quantize(tmp_path / "nf4", tmp_path / "x")
+    make_tiny_llama(intermediate_size=100).save_pretrained(tmp_path / "odd")
+    with pytest.raises(UsageError, match="multiples of 32"):
+        quantize(tmp_path / "odd", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path) -> None:
+    model = make_tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        quantize(tmp_path / "dense", tmp_path / "out")
