@@ -228,6 +228,21 @@ def test_a_trial_of_linear_int8_has_all_stacks(monkeypatch: pytest.MonkeyPatch) 
     assert set(common.ratios(made, dense, "Lilliput")) == {"ms"}
 
 
+def test_a_trial_of_linear_grouped_counts_each_formats_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, limits = load("linear_grouped"), load("limits")
+    monkeypatch.setattr(load("linear_4bit"), "product", lambda _, seconds: limits.product(64, seconds))
+    monkeypatch.setattr(limits, "BIG", 1024)
+    layers = linear.make_layers(160, 8)
+    assert {name: layer.quantized.nbytes for name, layer in layers.items() if name in linear.FORMATS} == {
+        name: 8 * 160 * bits // 8 + 8 * 2 * 3 for name, bits in zip(linear.FORMATS, (4, 3, 2, 8), strict=True)
+    }
+    assert layers[linear.ORDERED].quantized.order is not None
+    made = linear.run(Namespace(shapes=["160x8"], rows=[1, 20], ring=0, seconds=0.001, rounds=1))
+    found = {row.what: {r.who for r in made.rows if r.what == row.what} for row in made.rows}
+    assert found["gradient, 20 x 160 x 8"] == {*layers, "(the limit)"}
+    assert found["forward, 1 x 160 x 8"] == {*layers, "(the limit)", "Lilliput's reference"}
+
+
 def test_inputs_of_linear_int8_have_as_many_outlier_columns_as_asked_for() -> None:
     linear = load("linear_int8")
     for outliers in (0, 3):
@@ -394,3 +409,32 @@ def test_a_run_of_the_ablation_that_is_not_finite_counts_as_diverged(monkeypatch
     curve, figures = ablation.train(ablation.VARIANTS["fp32"], 0, 4, lr=1e30)
     assert len(curve) < 4
     assert (figures["diverged"], figures["loss"]) == (1.0, pytest.approx(8.3178, abs=1e-3))
+
+
+# ---- llama.cpp ----
+
+
+def test_equal_steps_and_the_marks_of_llama_cpp() -> None:
+    common, llama = load("common"), load("gguf_llama_cpp")
+    assert [llama.equal_steps([1, 2, 3], other) for other in ([1, 2, 3], [1, 2, 4], [0, 2, 3])] == [3, 2, 0]
+
+    def missed(ratio: float, steps: float) -> list[str]:
+        rows = [common.Row("F32", "llama.cpp", {"greedy steps": [steps]})]
+        return llama.missed([*rows, common.Row("Q8_0", "llama.cpp", {"ratio": [ratio]})], 32)
+
+    assert missed(1.004, 32) == []
+    assert [line.split(":")[0] for line in missed(0.994, 31)] == ["Q8_0", "F32"]
+
+
+def test_greedy_tokens_are_those_of_generate(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
+    llama, model = load("gguf_llama_cpp"), tiny_llama()
+    prompt = torch.tensor([[5, 9, 77]])
+    wanted = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert llama.greedy(model, prompt[0].tolist(), 6) == wanted[0, 3:].tolist()
+
+
+def test_without_llama_cpp_a_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = load("gguf_llama_cpp")
+    monkeypatch.setattr(llama, "not_installed", lambda *names: f"not installed: {names[0]}")
+    (row,) = llama.run(Namespace(types=["f32"], segments=1, steps=2, keep=None)).rows
+    assert row.missing == "not installed: llama-cpp-python"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +151,64 @@ def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("LILLIPUT_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert files.cache_dir() == Path("/cache/lilliput")
+
+
+# ---- directories ----
+
+
+def tree(directory: Path) -> dict[str, str]:
+    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+def make_directory(path: Path, **contents: str) -> Path:
+    for name, text in contents.items():
+        files.write_text(path / name, text)
+    return path
+
+
+def test_a_workplace_goes_with_what_is_in_it(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), files.workplace(tmp_path / "deep" / "out") as work:
+        assert work.parent == tmp_path / "deep"
+        (work / "half").mkdir()
+        (work / "half" / "made").write_text("not all of it")
+        raise KeyboardInterrupt
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_in_a_workplace_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match="out: could not be written .*Free some space"):  # noqa: SIM117
+        with files.workplace(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError), files.workplace(tmp_path / "out"):
+        (tmp_path / "nothing").read_text()  # another fault keeps its name
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="cannot be made"), files.workplace(tmp_path / "file" / "out"):
+        pass
+
+
+def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:
+    out = make_directory(tmp_path / "out", weights="old", index="old", notes="mine", **{"deep/notes": "mine"})
+    files.put_directory(make_directory(tmp_path / "made", weights="new"), out, replaced=["weights", "index"])
+    assert tree(out) == {"weights": "new", "notes": "mine", "deep/notes": "mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    files.put_directory(make_directory(tmp_path / "made", weights="new"), tmp_path / "other")
+    assert tree(tmp_path / "other") == {"weights": "new"}
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_directory_that_cannot_be_replaced_stays(fails_at: int, tmp_path: Path, monkeypatch) -> None:
+    out = make_directory(tmp_path / "out", weights="old", notes="mine")
+    made = make_directory(tmp_path / "made", weights="new")
+    calls, rename = [], os.replace
+
+    def failing(one: Path, other: Path) -> None:
+        calls.append(one)
+        if len(calls) == fails_at:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rename(one, other)
+
+    monkeypatch.setattr(files.os, "replace", failing)
+    with pytest.raises(DiskError, match="could not be put in place .Device or resource busy"):
+        files.put_directory(made, out, replaced=["weights"])
+    assert tree(out) == {"weights": "old", "notes": "mine"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "out"]

@@ -6,11 +6,13 @@ Source of the safetensors layout: the safetensors format specification (8 bytes 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,64 @@ def _settle(temporary: Path, path: Path) -> None:
 
 def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+@contextmanager
+def workplace(path: str | Path) -> Iterator[Path]:
+    """Yield a new directory beside `path`, on its disk, where something is made; it goes with what is left in it.
+
+    Raises DiskError when it cannot be made, or the disk fills up inside the block.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    except OSError as error:
+        raise DiskError(f"cannot be made ({_reason(error)})", where=str(path), todo="Choose another place.") from error
+    try:
+        yield work
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskError(f"could not be written ({_reason(error)})", where=str(path), todo="Free some space.") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def put_directory(made: Path, path: Path, replaced: Iterable[str] = ()) -> None:
+    """Rename the directory `made` to `path`, on the same disk.
+
+    Args:
+        replaced: names of files in a directory that is there already which go; its other files are taken over.
+
+    Raises DiskError, with the old directory in its place.
+    """
+    path = path.resolve()
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    old = aside / path.name
+    try:
+        if path.is_dir():
+            _take_over(path, made, {*replaced})
+            os.replace(path, old)
+        os.replace(made, path)
+    except BaseException as error:
+        if old.is_dir() and not path.exists():
+            os.replace(old, path)
+        if isinstance(error, OSError):
+            raise DiskError(f"could not be put in place ({_reason(error)})", where=str(path)) from error
+        raise
+    finally:
+        if not old.is_dir() or path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_over(old: Path, made: Path, replaced: set[str]) -> None:
+    """Copy into `made` what lies in `old` and is neither replaced nor made anew."""
+    for file in sorted(path for path in old.rglob("*") if not path.is_dir()):
+        name = file.relative_to(old)
+        if name.as_posix() not in replaced and not (made / name).exists():
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, made / name, follow_symlinks=False)
 
 
 def write_text(path: str | Path, text: str) -> None:

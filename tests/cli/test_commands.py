@@ -69,7 +69,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"lilliput {lilliput.__version__}\n"
     listed = run().stdout
-    for name in ("demo", "pull", "tune", "check", "chat", "quantize", "inspect", "doctor", "eval"):
+    for name in ("demo", "pull", "tune", "check", "chat", "quantize", "export", "inspect", "doctor", "eval"):
         assert name in listed
         helped = run(name, "--help") if name != "eval" else run("eval", "perplexity", "--help")
         assert helped.exit_code == 0

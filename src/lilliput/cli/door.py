@@ -33,7 +33,7 @@ from lilliput.progress import console, warn
 
 P = ParamSpec("P")
 
-FORMATS = ("nf4", "fp4", "int8", "none")  # none: the checkpoint's own numbers
+FORMATS = ("nf4", "fp4", "int8", "int4", "int3", "int2", "int8g", "none")  # none: the checkpoint's own numbers
 
 # Options that several commands share, each described once.
 Model = Annotated[
@@ -44,7 +44,7 @@ NumberFormat = Annotated[
     typer.Option(
         "--format",
         metavar="NAME",
-        help="Number format of the base: nf4, fp4, int8, or none (the checkpoint's own numbers).",
+        help="Number format of the base: nf4, fp4, int8, int4, …, or none (the checkpoint's own numbers).",
     ),
 ]
 Adapter = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lilliput
-from lilliput.cli import chat, check, demo, doctor, inspect, pull, quantize, tune
+from lilliput.cli import chat, check, demo, doctor, export, inspect, pull, quantize, tune
 from lilliput.cli import eval as evaluation
 from lilliput.cli.door import Door, command
 
@@ -33,6 +33,7 @@ COMMANDS = (
     check.check,
     chat.chat,
     quantize.quantize,
+    export.export,
     inspect.inspect,
     doctor.doctor,
 )

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lilliput.cli.base import facts, size
 from lilliput.cli.door import FORMATS, Answer, Model, choose
+from lilliput.cli.quantize_gptq import GPTQ, UNFINISHED, quantize_with_text
 from lilliput.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,12 @@ def quantize(
         Path, typer.Option("--out", "-o", metavar="DIR", help="Directory to write; made if it is not there.")
     ],
     number_format: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="nf4, fp4, int8, or none (convert only).")
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="nf4, fp4, int8; int4, int3, int2, int8g (to nearest); gptq (with a text); none (convert only).",
+        ),
     ] = "nf4",
     double_quant: Annotated[
         bool | None,
@@ -39,21 +45,97 @@ def quantize(
         bool | None,
         typer.Option("--embeddings/--no-embeddings", help="int8: the token table and a head tied to it as well (no)."),
     ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option("--sym/--asym", help="gptq, int4 …: the middle code is the zero of all groups (no)."),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(metavar="N", help="gptq: bits a weight, 4 (default), 3, 2 or 8.")] = None,
+    group: Annotated[
+        int | None, typer.Option(metavar="N", help="gptq: weights that share a scale (128); -1: a whole row.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="gptq: text, or rows, like those that the model will read.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="gptq: segments of the text that are taken (128).")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="gptq: tokens of a segment (2048, or what the model can).")
+    ] = None,
+    act_order: Annotated[
+        bool | None, typer.Option("--act-order/--no-act-order", help="gptq: columns with large inputs first (yes).")
+    ] = None,
+    static_groups: Annotated[
+        bool | None,
+        typer.Option("--static-groups/--no-static-groups", help="gptq: groups of neighbours in any order (yes)."),
+    ] = None,
+    damp: Annotated[
+        float | None, typer.Option(metavar="X", help="gptq: share of the Hessian's mean added to its diagonal (0.01).")
+    ] = None,
+    search: Annotated[
+        bool | None, typer.Option("--search/--no-search", help="gptq: grids of least error, not of min and max (yes).")
+    ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="gptq: rounds of refitted scales and codes; 0: as published (2)."),
+    ] = None,
+    rounding: Annotated[
+        str | None, typer.Option(metavar="NAME", help="gptq: gptq (default), or nearest, which needs no text.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="gptq: float16, bfloat16 or float32 for what is not quantized (as stored)."),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="gptq: what running a layer on the text may take (2).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")] = False,
 ) -> Answer:
     """Quantize a model and save it as a Hugging Face directory that loads in seconds.
 
     Example:  lilliput quantize smollm2-135m-instruct --format nf4 -o smollm2-nf4
 
-    Example:  lilliput quantize MODEL --format int8 --threshold 6 --embeddings -o DIR
+    Example:  lilliput quantize MODEL --format gptq --bits 4 --calibration book.txt -o DIR
+
+    Stopped with Ctrl-C, gptq goes on where it was when the same command is given again.
     """
-    choose(number_format, FORMATS, "--format")
-    options: dict[str, Any] = {"double_quant": double_quant, "threshold": threshold, "embeddings": embeddings}
-    _check_options(number_format, options)
+    given = {
+        "bits": bits, "group": group, "calibration": calibration, "samples": samples, "length": length,
+        "act_order": act_order, "static_groups": static_groups, "damp": damp, "search": search, "refine": refine,
+        "rounding": rounding, "dtype": dtype, "memory": memory,
+    }  # fmt: skip
+    choose(number_format.partition("-")[0], (*FORMATS, GPTQ), "--format")
+    options: dict[str, Any] = {
+        "double_quant": double_quant, "threshold": threshold, "embeddings": embeddings, "symmetric": symmetric
+    }  # fmt: skip
     if out.is_file():
         raise UsageError("is a file", where=str(out), todo="Give -o a directory.")
-    if not overwrite and out.is_dir() and any(out.iterdir()):
+    if number_format == GPTQ:
+        _refuse({name: value for name, value in options.items() if name != "symmetric"}, "another format than gptq")
+        _check_empty(out, overwrite, going_on=True)
+        return quantize_with_text(model, out, {**given, "symmetric": symmetric})
+    _refuse(given, "--format gptq")
+    _check_options(number_format, options)
+    _check_empty(out, overwrite, going_on=False)
+    return _quantize_by_itself(model, out, number_format, options)
+
+
+def _refuse(options: dict[str, Any], owner: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"--{name.replace('_', '-')} belongs to {owner}", todo="Leave it out.")
+
+
+def _check_empty(out: Path, overwrite: bool, going_on: bool) -> None:
+    """Refuse a directory that holds anything, but for the unfinished layers of gptq."""
+    if overwrite or not out.is_dir():
+        return
+    unfinished = [path for path in out.iterdir() if path.name == UNFINISHED]
+    if any(path not in unfinished for path in out.iterdir()) or (unfinished and not going_on):
         raise UsageError("is not empty", where=str(out), todo="Choose another directory, or add --overwrite.")
+
+
+def _quantize_by_itself(model: str, out: Path, number_format: str, options: dict[str, Any]) -> Answer:
     from lilliput.models import load_model, load_tokenizer, save_model
 
     started = time.perf_counter()
@@ -69,12 +151,12 @@ def quantize(
 
 def _check_options(number_format: str, options: dict[str, Any]) -> None:
     """Refuse what the format has not before a model is looked for."""
-    from lilliput.formats import FORMATS as ROWS
+    from lilliput.formats import get_format
     from lilliput.formats.rowwise import check_threshold
 
-    if number_format in ROWS:
+    if number_format != "none":
         for name, given in options.items():
-            ROWS[number_format].option(name, given)
+            get_format(number_format).option(name, given)
     if options["threshold"] is not None:
         check_threshold(options["threshold"])
 

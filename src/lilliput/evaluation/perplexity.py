@@ -103,13 +103,13 @@ def perplexity(
     require_causal(model, "perplexity")
     ids, windows = token_windows(model, tokenizer, text, context, stride, segments)
     total, tokens, started = 0.0, 0, time.perf_counter()
-    plain_head = _head_is_plain(model, ids[:8])
+    plain_head = head_is_plain(model, ids[:8])
     with bar("perplexity", len(windows), shown=progress) as advance:
         for window in windows:
             total += _negative_log_likelihood(model, ids, window, plain_head)
             tokens += window.stop - window.first
-            advance(note=f"so far {_exp(total / tokens):.3f}")
-    return PerplexityResult(_exp(total / tokens), tokens, len(windows), time.perf_counter() - started)
+            advance(note=f"so far {exp_or_inf(total / tokens):.3f}")
+    return PerplexityResult(exp_or_inf(total / tokens), tokens, len(windows), time.perf_counter() - started)
 
 
 def token_windows(
@@ -146,7 +146,7 @@ def _check(model: PreTrainedModel, context: int, stride: int, segments: int | No
         raise UsageError(f"{context} is more than the {longest} positions this model has", where="context")
 
 
-def _head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
+def head_is_plain(model: PreTrainedModel, ids: Tensor) -> bool:
     """Whether the logits are the head on the last hidden state and nothing more (Gemma 2 caps, Cohere scales them)."""
     ids = ids[None].to(model.device)
     body, head = model.base_model, model.get_output_embeddings()
@@ -176,6 +176,6 @@ def _negative_log_likelihood(model: PreTrainedModel, ids: Tensor, window: Segmen
     return total
 
 
-def _exp(x: float) -> float:
-    """exp that says infinity instead of failing."""
-    return math.exp(x) if x < 700 else math.inf
+def exp_or_inf(x: float) -> float:
+    """exp that says infinity instead of failing, and NaN where x is NaN."""
+    return math.inf if x >= 700 else math.exp(x)

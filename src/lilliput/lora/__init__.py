@@ -17,11 +17,13 @@ from lilliput.lora.adapters import (
     unmerge,
 )
 from lilliput.lora.config import LoraConfig
+from lilliput.lora.merging import MergedTensor, merged_tensors
 from lilliput.lora.passport import Passport, make_passport, tokenizer_notes
 from lilliput.lora.peft_files import load_adapter, read_passport, save_adapter
 
 __all__ = [
     "LoraConfig",
+    "MergedTensor",
     "Passport",
     "active_adapters",
     "adapters",
@@ -34,6 +36,7 @@ __all__ = [
     "load_adapter",
     "make_passport",
     "merge",
+    "merged_tensors",
     "print_trainable_parameters",
     "read_passport",
     "save_adapter",

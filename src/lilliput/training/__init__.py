@@ -4,6 +4,7 @@ result = tune("smollm2-135m-instruct", "my.jsonl", "runs/mine", load_recipe("qlo
 """
 
 from lilliput.training.checks import CheckResult, require, run_checks
+from lilliput.training.held_out import held_out_rows, rows_to_compare
 from lilliput.training.recipe import Recipe, load_recipe, recipe_names
 from lilliput.training.report import ClassifyResult, RunResult
 from lilliput.training.resume import Interrupted
@@ -16,9 +17,11 @@ __all__ = [
     "Recipe",
     "RunResult",
     "check_data",
+    "held_out_rows",
     "load_recipe",
     "recipe_names",
     "require",
+    "rows_to_compare",
     "run_checks",
     "tune",
 ]

@@ -71,7 +71,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """How the base is held in memory."""
 
-    format: Literal["nf4", "fp4", "int8", "none"] = Field(
+    format: Literal["nf4", "fp4", "int8", "int4", "int3", "int2", "int8g", "none"] = Field(
         "nf4", description="number format of the base; none: as it is stored"
     )
     double_quant: bool | None = Field(

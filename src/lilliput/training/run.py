@@ -25,6 +25,7 @@ from lilliput.progress import say, warn
 from lilliput.training.checks import CheckResult, require, run_checks
 from lilliput.training.classify import check_labelled, tune_classifier
 from lilliput.training.fused import fused
+from lilliput.training.held_out import note_files
 from lilliput.training.loop import (
     base_footprint,
     checked,
@@ -104,6 +105,7 @@ def tune(
         held.enter_context(alone(out))
         checkpoint = claim(out, identity, resume=resume, overwrite=overwrite)
         recipe.save(out / "recipe.yaml")
+        note_files(out, data, eval_data)
         if (other := write_versions(out / "versions.json")) and checkpoint:
             warn(f"this run goes on with other versions, so not bit for bit: {'; '.join(other)}")
         rows = _read(data, eval_data, tokenizer, recipe, out, progress)
