@@ -14,6 +14,7 @@ The marks: Q8_0 within 0.5 % of ours, 32 greedy tokens equal in F32; the exit st
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import tempfile
@@ -24,11 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common import Report, Row, main, not_installed
+from common import Report, Row, in_process, main, not_installed
 from lilliput import lora
 from lilliput.evaluation.perplexity import perplexity, read_text, token_windows
 from lilliput.models import load_model, load_tokenizer, save_gguf, save_lora_gguf
@@ -57,11 +58,11 @@ def run(arguments: argparse.Namespace) -> Report:
     rows = [Row("float32", "Lilliput", {"perplexity": [work.perplexity]})]
     with tempfile.TemporaryDirectory(prefix="lilliput-") as temporary:
         folder = arguments.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for type in arguments.types:
             figures = measured(model, tokenizer, work, type, folder / f"{type}.gguf")
             rows.append(Row(type.upper(), "llama.cpp", {name: [figure] for name, figure in figures.items()}))
-        base = folder / f"{arguments.types[0]}.gguf"
-        notes = [adapter_note(model, base, folder / "adapter.gguf", work.segments[0])]
+        notes = [adapter_note(model, work, folder / f"{arguments.types[0]}.gguf")]
     return Report(rows, better, notes=notes, failures=missed(rows, arguments.steps))
 
 
@@ -102,48 +103,69 @@ def measured(
     began = time.perf_counter()
     written = save_gguf(model, path, tokenizer, type, progress=False)
     took = time.perf_counter() - began
-    with closing(their(path)) as theirs:
-        found = their_perplexity(theirs, work.segments)
-        continued = their_greedy(theirs, work.prompts, len(work.continued[0]))
+    found = by_llama_cpp(work, path)
     again = our_perplexity(load_model(path, progress=False), tokenizer, work.text, len(work.segments))
     return {
-        "perplexity": found,
-        "ratio": found / work.perplexity,
+        "perplexity": found["perplexity"],
+        "ratio": found["perplexity"] / work.perplexity,
         "read back": again,
-        "greedy steps": min(map(equal_steps, continued, work.continued)),
+        "greedy steps": min(map(equal_steps, found["continued"], work.continued)),
         "MB": written.nbytes / 1e6,
         "write, s": took,
     }
+
+
+def by_llama_cpp(work: Work, path: Path, adapter: Path | None = None, logits: Path | None = None) -> dict[str, Any]:
+    """What `child` finds in a process of its own: two pools of threads in one wait for each other."""
+    task = path.with_suffix(".json")
+    task.write_text(json.dumps({"segments": work.segments, "prompts": work.prompts, "steps": len(work.continued[0])}))
+    given = {"path": path, "task": task, "adapter": adapter, "logits": logits}
+    return in_process(__file__, **{name: str(value) for name, value in given.items() if value})
+
+
+def child(path: str, task: str, adapter: str | None = None, logits: str | None = None) -> dict[str, Any]:
+    """Perplexity and greedy tokens; with `logits`, those of the first segment into that file instead."""
+    work = json.loads(Path(task).read_text())
+    with closing(their(path, adapter)) as theirs:
+        if logits:
+            np.save(logits, their_logits(theirs, work["segments"][0]))
+            return {}
+        return {
+            "perplexity": their_perplexity(theirs, work["segments"]),
+            "continued": their_greedy(theirs, work["prompts"], work["steps"]),
+        }
 
 
 def our_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, segments: int) -> float:
     return perplexity(model, tokenizer, text, context=CONTEXT, segments=segments, progress=False).perplexity
 
 
-def their(path: Path, adapter: Path | None = None) -> Any:
+def their(path: str, adapter: str | None = None) -> Any:
     """A file in llama.cpp, with as many threads as torch has."""
     import llama_cpp
 
     threads = torch.get_num_threads()
     return llama_cpp.Llama(
-        str(path), lora_path=None if adapter is None else str(adapter), n_ctx=CONTEXT, n_batch=CONTEXT,
-        n_threads=threads, n_threads_batch=threads, logits_all=True, type_k=FLOAT32, type_v=FLOAT32, verbose=False,
+        path, lora_path=adapter, n_ctx=CONTEXT, n_batch=CONTEXT, n_threads=threads, n_threads_batch=threads,
+        logits_all=True, type_k=FLOAT32, type_v=FLOAT32, verbose=False,
     )  # fmt: skip
 
 
-def their_logits(theirs: Any, ids: Sequence[int]) -> torch.Tensor:
-    """Of all tokens, [tokens, vocabulary]."""
+def their_logits(theirs: Any, ids: Sequence[int]) -> np.ndarray:
+    """Of all tokens, float32 [tokens, vocabulary]."""
     theirs.reset()
     theirs.eval(ids)
-    return torch.from_numpy(theirs.scores[: len(ids)])
+    return theirs.scores[: len(ids)]
 
 
 def their_perplexity(theirs: Any, segments: Sequence[Sequence[int]]) -> float:
     """exp of the mean negative log-likelihood, as lilliput.evaluation.perplexity has it."""
     total, tokens = 0.0, 0
     for ids in segments:
-        logits = their_logits(theirs, ids)[:-1]
-        total += float(functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
+        rows = their_logits(theirs, ids)[:-1]
+        most = rows.max(axis=1)
+        sums = np.log(np.exp(rows - most[:, None]).sum(axis=1, dtype=np.float64)) + most
+        total += float((sums - rows[np.arange(len(rows)), ids[1:]]).sum())
         tokens += len(ids) - 1
     return math.exp(total / tokens)
 
@@ -178,7 +200,7 @@ def equal_steps(one: list[int], other: list[int]) -> int:
     return next((place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))
 
 
-def adapter_note(model: PreTrainedModel, base: Path, file: Path, ids: Sequence[int]) -> str:
+def adapter_note(model: PreTrainedModel, work: Work, base: Path) -> str:
     """Put a random adapter on the model, and compare its logits with llama.cpp's over the base's file."""
     torch.manual_seed(0)
     lora.add_adapter(model, lora.LoraConfig(**ADAPTER))
@@ -186,14 +208,15 @@ def adapter_note(model: PreTrainedModel, base: Path, file: Path, ids: Sequence[i
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.mul_(0.1)  # a change of the size that training makes
+    file, logits = base.with_name("adapter.gguf"), base.with_name("logits.npy")
     save_lora_gguf(model, file)
+    ids = torch.tensor(work.segments[:1])
     with torch.no_grad():
-        tuned = model(torch.tensor([ids])).logits[0]
+        tuned = model(ids).logits[0]
         with lora.disabled(model):
-            plain = model(torch.tensor([ids])).logits[0]
-    with closing(their(base, file)) as theirs:
-        found = their_logits(theirs, ids)
-    away, changed = (found - tuned).abs().max(), (tuned - plain).abs().max()
+            plain = model(ids).logits[0]
+    by_llama_cpp(work, base, file, logits)
+    away, changed = (torch.from_numpy(np.load(logits)) - tuned).abs().max(), (tuned - plain).abs().max()
     return f"adapter over {base.name}: logits are at most {away:.2g} from ours, which it changes by up to {changed:.2g}"
 
 
@@ -216,4 +239,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, __file__, __doc__, options=options, quick={"segments": 1, "types": ["f32", "q8_0"]}))
+    sys.exit(
+        main(run, __file__, __doc__, options=options, quick={"segments": 1, "types": ["f32", "q8_0"]}, child=child)
+    )

@@ -60,6 +60,9 @@ def test_a_stopped_run_says_how_to_go_on(
         (["--format", "gptq", "--rounding", "nearest", "--double-quant"], "--double-quant belongs to another"),
         (["--format", "nf4", "--bits", 4], "--bits belongs to --format gptq"),
         (["--format", "nf4", "--sym"], "symmetric"),
+        (["--format", "gptq-g64"], "gptq-g64"),
+        (["--format", "gptq", "--calibration", "x.txt", "--memory", 0], "--memory"),
+        (["--format", "gptq", "--rounding", "nearest", "--group", -2], "group"),
     ],
 )
 def test_options_that_do_not_belong_together(
@@ -72,3 +75,18 @@ def test_options_that_do_not_belong_together(
 def test_a_segment_longer_than_the_model_can_read_is_refused(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
     given = [*words(tiny_model_dir, text, tmp_path / "out"), "--length", 4096]
     assert "512 positions" in refusal(*given, status=2)
+
+
+def test_a_directory_that_holds_something_is_refused(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    given = words(tiny_model_dir, text, tmp_path / "out")
+    assert "is not empty" in refusal(*given, status=2)
+    assert answer(*given, "--overwrite")["path"] == str(tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    assert "is a file" in refusal(*words(tiny_model_dir, text, text), status=2)
+
+
+def test_a_text_that_is_missing_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    assert "no such file" in refusal(*words(tiny_model_dir, tmp_path / "none.txt", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -66,3 +66,18 @@ def test_bad_input_is_refused(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path:
     for wrong in ({"samples": 0}, {"length": 1}):
         with pytest.raises(UsageError, match="calibrate nothing"):
             load_calibration(tmp_path / "empty.txt", tiny_tokenizer, **wrong)
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(DataError, match="cannot be read"):
+        load_calibration(tmp_path / "folder.txt", tiny_tokenizer)
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"text": ')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2"):
+        load_calibration(tmp_path / "rows.jsonl", tiny_tokenizer)
+
+
+def test_a_byte_that_is_not_utf8_is_told_by_its_place_in_the_file(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"a " * 30_000 + b"\xe9 and more")
+    with pytest.raises(DataError, match="byte 60000 is not UTF-8"):
+        load_calibration(path, tiny_tokenizer, samples=128, length=2048)

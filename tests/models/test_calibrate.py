@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lilliput.errors import DataError, FormatError, UsageError
+from lilliput.errors import CheckpointError, DataError, FormatError, UsageError
 from lilliput.layers import QuantizedLinear, quantized_layers
 from lilliput.models import Gptq, calibrate, load_model, quantize_gptq, save_model
 from lilliput.models.calibrate import UNFINISHED
@@ -18,6 +19,7 @@ from lilliput.models.skeleton import Skeleton
 from lilliput.progress import console
 from tests.conftest import make_tiny_llama
 from tests.models.conftest import make_model
+from tests.models.family_table import FAMILIES, VOCABULARY, make_family
 
 IDS = torch.randint(3, 500, (8, 48), generator=torch.Generator().manual_seed(0))
 SMALL = Gptq(group=32)
@@ -57,6 +59,22 @@ def test_what_is_written_opens_and_computes_with_its_codes(kind: str, tmp_path: 
     torch.testing.assert_close(logits(opened), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["gpt-neox", "opt", "bloom", "mistral", "falcon"])
+@pytest.mark.parametrize("memory", [2.0, TINY])
+def test_families_that_call_their_layers_in_other_ways(name: str, memory: float, tmp_path: Path) -> None:
+    family = next(row for row in FAMILIES if row.name == name)
+    original, ids = make_family(family), IDS % VOCABULARY
+    original.save_pretrained(tmp_path / "dense")
+    report = quantize(tmp_path / "dense", tmp_path / "out", Gptq(bits=8, group=32), ids, memory=memory)
+    assert {module.module.rpartition(".")[2] for module in report.modules} == set(family.layers)
+    assert len(report.modules) == 2 * len({module.module for module in report.modules})
+    assert all(module.error is not None and module.error < 1e-3 for module in report.modules)
+    with torch.no_grad():
+        expected = original(ids[:2]).logits
+        found = load_model(tmp_path / "out", progress=False)(ids[:2]).logits
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -92,6 +110,23 @@ def test_stages_give_what_one_pass_gives(dense: Path, tmp_path: Path) -> None:
         rtol=0,
         atol=0.05,
     )
+
+
+def test_stages_see_the_hessians_of_one_pass(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve, seen = calibrate.solve, list[Tensor]()
+
+    def note(weight: Tensor, hessian: Tensor, settings: Gptq) -> Any:
+        seen.append(hessian.clone())
+        return solve(weight, hessian, settings)
+
+    monkeypatch.setattr(calibrate, "solve", note)
+    quantize(dense, tmp_path / "once", Gptq(bits=8, group=32))
+    once, seen[:] = list(seen), []
+    quantize(dense, tmp_path / "staged", Gptq(bits=8, group=32), memory=TINY)
+    assert len(once) == len(seen) == 21
+    for one, other in zip(once, seen, strict=True):
+        assert (one - other).norm() < 0.01 * one.norm()
+    torch.testing.assert_close(once[0], seen[0], rtol=1e-4, atol=1e-5)  # nothing before it could differ
 
 
 def test_it_is_better_than_rounding_to_nearest(dense: Path, tmp_path: Path) -> None:
@@ -205,7 +240,41 @@ def test_bad_input_is_refused(dense: Path, tmp_path: Path) -> None:
     make_tiny_llama(intermediate_size=100).save_pretrained(tmp_path / "odd")
     with pytest.raises(UsageError, match="multiples of 32"):
         quantize(tmp_path / "odd", tmp_path / "x")
+    with pytest.raises(UsageError, match="an encoder and a decoder"):
+        translator = next(row for row in FAMILIES if row.task == "translate")
+        make_family(translator).save_pretrained(tmp_path / "t5")
+        quantize(tmp_path / "t5", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_segments_longer_than_the_model_can_read_are_refused(tmp_path: Path) -> None:
+    make_model("gpt2").save_pretrained(tmp_path / "dense")
+    with pytest.raises(DataError, match="segments of 200 tokens.*128 positions"):
+        quantize(tmp_path / "dense", tmp_path / "out", ids=IDS[:1, :1].expand(1, 200))
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_types_are_refused_before_any_work(tmp_path: Path) -> None:
+    model = make_tiny_llama().bfloat16()
+    model.model.norm.float()
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(CheckpointError, match="several types"):
+        quantize(tmp_path / "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    quantize(tmp_path / "dense", tmp_path / "out", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_numbers_that_float16_cannot_hold_are_refused(name: str, tmp_path: Path) -> None:
+    model = make_tiny_llama()
+    with torch.no_grad():
+        model.get_parameter(name)[3] = 1e5
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(FormatError, match=re.escape(name)):
+        quantize(tmp_path / "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    quantize(tmp_path / "dense", tmp_path / "wide", dtype=torch.float32)
+    assert load_model(tmp_path / "wide", progress=False).get_parameter(name)[3] == 1e5
 
 
 def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path) -> None:

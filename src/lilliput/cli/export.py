@@ -122,7 +122,7 @@ def export(
 
 def _check(plan: Plan) -> None:
     if plan.base_format is not None:
-        choose(plan.base_format, FORMATS, "--base-format")
+        choose(plan.base_format.partition("-")[0], FORMATS, "--base-format")
     if math.isnan(plan.max_kl) or plan.max_kl < 0:
         raise UsageError(f"{plan.max_kl} is not a number from 0 up", where="--max-kl")
     if plan.adapter is None:

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lilliput.errors import CheckpointError, DataError, UsageError
+from lilliput.errors import CheckpointError, DataError, FormatError, UsageError
 from lilliput.files import read_json, sha256_text, write_json, write_safetensors
 from lilliput.formats.grouped import GroupedTensor, dequantize_groups
 from lilliput.layers.identity import Stamp
+from lilliput.models.causal import context_length
 from lilliput.models.gptq import Gptq, Hessian, round_to_nearest, solve
 from lilliput.models.gptq_files import GPTQ_CONFIG, PARTS, convention_for, gptq_config, pack_gptq, unpack_gptq
 from lilliput.models.gptq_report import GptqReport, ModuleResult
@@ -102,9 +103,9 @@ def quantize_gptq(
         UsageError: a model that is quantized already, is no causal model or has no plain list of decoder layers; `out`
             is a file, or holds the unfinished layers of another job; sizes that are no multiples of 32; an unknown
             rounding.
-        DataError: no text, or one with tokens that the model does not know.
-        FormatError: a weight or an input that is NaN or Inf (says which).
-        CheckpointError: files missing or malformed.
+        DataError: no text, or one with tokens that the model does not know or segments longer than it can read.
+        FormatError: a weight or an input that is NaN or Inf, or a number too large for float16 (says which).
+        CheckpointError: files missing or malformed, or of several types where `dtype` is None.
     """
     settings = settings or Gptq()
     started = time.perf_counter()
@@ -154,7 +155,9 @@ def _prepare(
     if not skeleton.linears():
         raise UsageError("has no linear layers in its decoder layers", where=checkpoint.source.name)
     _check_sizes(skeleton)
-    return _Job(checkpoint, skeleton, settings, out, rounding, dtype, int(memory * 2**30))
+    job = _Job(checkpoint, skeleton, settings, out, rounding, dtype, int(memory * 2**30))
+    _check_numbers(job)
+    return job
 
 
 def _check_sizes(skeleton: Skeleton) -> None:
@@ -169,6 +172,16 @@ def _check_sizes(skeleton: Skeleton) -> None:
             )
 
 
+def _check_numbers(job: _Job) -> None:
+    """Refuse at once what cannot be written in the type for what is not quantized."""
+    skeleton, kept = job.skeleton, _kept_type(job)
+    layers = range(len(skeleton))
+    quantized = {f"{skeleton.prefix(index)}{name}.weight" for index in layers for name in skeleton.linears()}
+    for name, tensor in skeleton.tensors.items():
+        if name not in quantized and tensor.dtype != kept:
+            _small(name, tensor.load(), job)
+
+
 def _check_text(ids: Tensor | None, job: _Job) -> None:
     if job.rounding == "nearest":
         return
@@ -176,6 +189,12 @@ def _check_text(ids: Tensor | None, job: _Job) -> None:
         raise DataError("there is no calibration text", todo="Give one, or round to nearest.")
     if int(ids.max()) >= job.skeleton.model.config.get_text_config().vocab_size or int(ids.min()) < 0:
         raise DataError("the calibration text has tokens that the model does not know", todo="Use its own tokenizer.")
+    most = context_length(job.skeleton.model)
+    if most is not None and ids.shape[1] > most:
+        raise DataError(
+            f"segments of {ids.shape[1]:,} tokens are more than the {most:,} positions this model has",
+            todo="Cut the text into shorter ones.",
+        )
     widest = max(_columns(job.skeleton, name) for name in job.skeleton.linears())
     if ids.numel() < _FEW * widest:
         warn(
@@ -446,8 +465,6 @@ class _Layer:
 @contextmanager
 def _named(name: str) -> Iterator[None]:
     """Say of a fault inside which layer it is in."""
-    from lilliput.errors import FormatError
-
     try:
         yield
     except FormatError as error:
@@ -474,16 +491,21 @@ def _dense(job: _Job, prefix: str, linears: list[str]) -> Iterator[tuple[str, Te
     quantized = {f"{prefix}{name}.weight" for name in linears}
     for name, tensor in job.skeleton.tensors.items():
         if name.startswith(prefix) and name not in quantized:
-            yield name, _small(tensor.load(), job)
+            yield name, _small(name, tensor.load(), job)
 
 
-def _small(tensor: Tensor, job: _Job) -> Tensor:
-    """In the type that is wanted; float32 becomes float16 where its numbers allow it."""
+def _small(name: str, tensor: Tensor, job: _Job) -> Tensor:
+    """In the type that is wanted. Raises FormatError where a number becomes Inf."""
     if not tensor.is_floating_point():
         return tensor
-    if job.dtype is not None:
-        return tensor.to(job.dtype)
-    return tensor.half() if tensor.dtype in (torch.float32, torch.float64) else tensor
+    small = tensor.to(_kept_type(job))
+    if not torch.equal(small.isinf(), tensor.isinf()):
+        raise FormatError(
+            f"{float(tensor.abs().max()):.3g} is too large for {str(small.dtype).removeprefix('torch.')}",
+            where=name,
+            todo="Give --dtype bfloat16 or float32 for what is not quantized.",
+        )
+    return small
 
 
 def _round_all(job: _Job, state: _State, progress: bool) -> None:
@@ -511,7 +533,7 @@ def _finish(job: _Job, state: _State, tokenizer: PreTrainedTokenizerBase | None,
     dtype = _kept_type(job)
     for name, tensor in skeleton.outside().items():
         kept = dtype if tensor.dtype.is_floating_point else tensor.dtype
-        tensors[name] = replace(tensor, dtype=kept, load=_converted(tensor, job))
+        tensors[name] = replace(tensor, dtype=kept, load=_converted(name, tensor, job))
     quantization = gptq_config(
         settings.format,
         symmetric=settings.symmetric,
@@ -533,8 +555,8 @@ def _finish(job: _Job, state: _State, tokenizer: PreTrainedTokenizerBase | None,
     )
 
 
-def _converted(tensor: StoredTensor, job: _Job) -> Callable[[], Tensor]:
-    return lambda: _small(tensor.load(), job)
+def _converted(name: str, tensor: StoredTensor, job: _Job) -> Callable[[], Tensor]:
+    return lambda: _small(name, tensor.load(), job)
 
 
 def _kept_type(job: _Job) -> torch.dtype:

@@ -17,6 +17,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
 from lilliput.errors import CheckpointError, UsageError
@@ -199,16 +201,23 @@ def _head_name(model: PreTrainedModel) -> str | None:
 
 
 def _by_model_names(model: PreTrainedModel, stored: dict[str, StoredTensor], where: str) -> dict[str, StoredTensor]:
-    """The checkpoint's tensors by the model's names: some files leave out the backbone's name, or have it too much."""
-    prefix = f"{model.base_model_prefix}."
+    """The checkpoint's tensors by the model's names, as transformers renames them on the way.
+
+    Files may leave out the backbone's name, or have it too much, or call a head otherwise ("embed_out"). What
+    transformers would put together of several tensors (experts) is not found under the model's name, and refused.
+    """
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    wanted = model.state_dict()
+    renamed = {
+        rename_source_key(name, renamings, [], model.base_model_prefix, wanted)[0]: tensor
+        for name, tensor in stored.items()
+    }
     tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
     found: dict[str, StoredTensor] = {}
-    for name, parameter in model.state_dict().items():
-        spelled = (name, name.removeprefix(prefix), prefix + name)
-        tensor = next((stored[key] for key in spelled if key in stored), None)
-        if tensor is not None:
-            _check_shape(name, tensor, parameter, where)
-            found[name] = tensor
+    for name, parameter in wanted.items():
+        if name in renamed:
+            _check_shape(name, renamed[name], parameter, where)
+            found[name] = renamed[name]
         elif name not in tied and name not in tied.values():
             raise CheckpointError(f"has no tensor '{name}', which the model needs", where=where)
     return found
