@@ -3,8 +3,7 @@
 Calibration: segments of WikiText-2 valid; perplexity: segments of 1024 tokens of its test text, each scored on its own.
 GPTQModel wants another torch than ours: LILLIPUT_GPTQMODEL_PYTHON names the interpreter of an environment that has it,
 and its row is left out otherwise. Each row is a process of its own; `seconds` is the quantization alone, without
-loading tokenizers and texts. `less perplexity a MB` is how much less perplexity a row has than rounding to nearest in
-symmetric groups of 128, for each MB of the quantized weights' file.
+loading tokenizers and texts.
 
     python benchmarks/gptq.py [--ways gptq-4 ...] [--samples 32] [--length 512] [--segments 16]
 """
@@ -47,30 +46,21 @@ def run(arguments: argparse.Namespace) -> Report:
     """A row each way; all figures of ours beside GPTQModel's."""
     sides: dict[str, Side | str] = {}
     for way in arguments.ways:
-        sides[WAYS[way][0]] = _ours(way, arguments)
+        sides[WAYS[way][0]] = _side(arguments, way=way)
     python = os.environ.get("LILLIPUT_GPTQMODEL_PYTHON", "")
-    sides[GPTQMODEL] = _theirs(python, arguments) if python else "LILLIPUT_GPTQMODEL_PYTHON is not set"
+    sides[GPTQMODEL] = _side(arguments, way="", python=python) if python else "LILLIPUT_GPTQMODEL_PYTHON is not set"
     rows = compare(f"{arguments.samples} x {arguments.length} tokens", sides, arguments.rounds)
     units = {"seconds": "less", "perplexity": "less", "bits": "", "MB": ""}
     return Report(rows, units, notes=["MB: model.safetensors, the table of embeddings in float16 in it (56.6 MB)."])
 
 
-def _ours(way: str, arguments: argparse.Namespace) -> Side:
+def _side(arguments: argparse.Namespace, **which: str) -> Side:
+    text = {name: getattr(arguments, name) for name in ("samples", "length", "segments")}
+
     def side() -> Mapping[str, float]:
-        return in_process(__file__, way=way, **_text(arguments))
+        return in_process(__file__, **which, **text)
 
     return side
-
-
-def _theirs(python: str, arguments: argparse.Namespace) -> Side:
-    def side() -> Mapping[str, float]:
-        return in_process(__file__, way="", python=python, **_text(arguments))
-
-    return side
-
-
-def _text(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("samples", "length", "segments")}
 
 
 # ---- one row, in a process of its own ----

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lilliput.errors import CheckpointError, DiskError
+from lilliput.errors import CheckpointError, DataError, DiskError
 
 _CHUNK = 1 << 22  # bytes read at a time when hashing a file
 
@@ -130,6 +130,29 @@ def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 through `replace`."""
     with replace(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_text(path: str | Path, todo: str, limit: int = -1) -> str:
+    """The first `limit` characters of a UTF-8 text file; all by default.
+
+    Args:
+        todo: what to do where there is no such file.
+
+    Raises:
+        DataError: it is missing, not UTF-8, or cannot be read.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(limit)
+    except FileNotFoundError as error:
+        raise DataError("no such file", where=str(path), todo=todo) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"byte {error.start} is not UTF-8", where=str(path), todo="Convert it, e.g. with `iconv -t utf-8`."
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from error
 
 
 def write_json(path: str | Path, value: Any) -> None:

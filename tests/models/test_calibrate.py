@@ -15,6 +15,7 @@ from lilliput.errors import CheckpointError, DataError, FormatError, UsageError
 from lilliput.layers import QuantizedLinear, quantized_layers
 from lilliput.models import Gptq, calibrate, load_model, quantize_gptq, save_model
 from lilliput.models.calibrate import UNFINISHED
+from lilliput.models.gptq import Inputs
 from lilliput.models.skeleton import Skeleton
 from lilliput.progress import console
 from tests.conftest import make_tiny_llama
@@ -115,9 +116,9 @@ def test_stages_give_what_one_pass_gives(dense: Path, tmp_path: Path) -> None:
 def test_stages_see_the_hessians_of_one_pass(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     solve, seen = calibrate.solve, list[Tensor]()
 
-    def note(weight: Tensor, hessian: Tensor, settings: Gptq) -> Any:
-        seen.append(hessian.clone())
-        return solve(weight, hessian, settings)
+    def note(weight: Tensor, inputs: Inputs, settings: Gptq) -> Any:
+        seen.append(inputs.hessian.clone())
+        return solve(weight, inputs, settings)
 
     monkeypatch.setattr(calibrate, "solve", note)
     quantize(dense, tmp_path / "once", Gptq(bits=8, group=32))

@@ -106,13 +106,12 @@ def _errors(report: GptqReport) -> Table:
     for column in ("module", "mean", "largest", "in layer", "seconds"):
         table.add_column(column, justify="left" if column == "module" else "right")
     for name, modules in report.kinds():
-        errors = {module.layer: module.error if module.error is not None else module.distance for module in modules}
-        worst = max(errors, key=lambda layer: errors[layer])
+        worst = max(modules, key=lambda module: module.lost)
         table.add_row(
             name,
-            f"{sum(errors.values()) / len(errors):.2e}",
-            f"{errors[worst]:.2e}",
-            str(worst),
+            f"{sum(module.lost for module in modules) / len(modules):.2e}",
+            f"{worst.lost:.2e}",
+            str(worst.layer),
             f"{sum(module.seconds for module in modules):.1f}",
         )
     return table

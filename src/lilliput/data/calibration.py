@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lilliput.data.examples import load_examples
 from lilliput.data.records import read_records
 from lilliput.errors import DataError, UsageError
+from lilliput.files import read_text
 
 _PLAIN = (".txt", ".text", ".md", ".raw", ".tokens")
 _TEXT = "text"  # the field of a row that is a text
@@ -55,7 +56,10 @@ def load_calibration(
         raise UsageError(f"{samples} samples of {length} tokens calibrate nothing", todo="Take 1 or more of 2 or more.")
     path = Path(path)
     limit = samples * length * _CHARACTERS_A_TOKEN
-    ids = _of_text(path, tokenizer, limit) if path.suffix.lower() in _PLAIN else _of_rows(path, tokenizer, limit)
+    if path.suffix.lower() in _PLAIN:
+        ids = _ids(read_text(path, "Give --calibration a text or a file of rows.", limit), tokenizer)
+    else:
+        ids = _of_rows(path, tokenizer, limit)
     if len(ids) < 2:
         raise DataError(f"has {len(ids)} tokens; calibration needs thousands", where=str(path))
     return Calibration(_spread(torch.tensor(ids, dtype=torch.int64), samples, length), len(ids), str(path))
@@ -68,19 +72,6 @@ def _spread(ids: Tensor, samples: int, length: int) -> Tensor:
     last = len(ids) - length
     starts = [last * i // max(count - 1, 1) for i in range(count)]
     return torch.stack([ids[start : start + length] for start in starts])
-
-
-def _of_text(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(limit)
-    except FileNotFoundError as error:
-        raise DataError("no such file", where=str(path), todo="Give --calibration a text or a file of rows.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"byte {error.start} is not UTF-8", where=str(path), todo="Convert it to UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from error
-    return _ids(text, tokenizer)
 
 
 def _of_rows(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:

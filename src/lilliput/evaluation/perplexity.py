@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lilliput import files
 from lilliput.errors import DataError, UsageError
 from lilliput.models.causal import context_length, require_causal
 from lilliput.progress import bar
@@ -48,17 +49,7 @@ class Segment:
 
 def read_text(path: str | Path) -> str:
     """A whole UTF-8 text file. Raises DataError when it is missing, empty, or not UTF-8."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError("no such file", where=str(path), todo="Give --text a plain text file.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"byte {error.start} is not UTF-8", where=str(path), todo="Convert it, e.g. with `iconv -t utf-8`."
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from error
+    text = files.read_text(path, "Give --text a plain text file.")
     if not text.strip():
         raise DataError("the file is empty", where=str(path), todo="Perplexity needs some text.")
     return text

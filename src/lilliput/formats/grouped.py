@@ -158,19 +158,24 @@ def quantize_groups(w: Tensor, format: str | Format, symmetric: bool = False) ->
     row = get_format(format)
     check_finite(w)
     rows, columns = rows_and_columns(tuple(w.shape))
-    groups = _by_groups(w.detach().reshape(rows, columns).float(), row.block)
-    scale, zero = minmax_grid(groups, row.bits, symmetric)
-    codes = codes_on(groups, scale, zero, row.bits).to(torch.uint8).flatten(1)[:, :columns]
+    matrix = w.detach().reshape(rows, columns).float()
+    scale, zero = minmax_grid(by_groups(matrix, row.block), row.bits, symmetric)
     return GroupedTensor(
         row,
         tuple(w.shape),
-        pack_codes(codes, row.bits),
+        pack_codes(nearest_codes(matrix, scale, zero, row), row.bits),
         scale.half(),
         None if symmetric else zero.to(torch.uint8),
     )
 
 
-def _by_groups(matrix: Tensor, group: int) -> Tensor:
+def nearest_codes(matrix: Tensor, scale: Tensor, zero: Tensor, format: Format) -> Tensor:
+    """The nearest codes to a float32 matrix, uint8 [rows, columns], on grids of scale and zero [rows, groups]."""
+    codes = codes_on(by_groups(matrix, format.block), scale, zero, format.bits)
+    return codes.to(torch.uint8).flatten(1)[:, : matrix.shape[1]]
+
+
+def by_groups(matrix: Tensor, group: int) -> Tensor:
     """[rows, columns] as [rows, groups, group], filled up with zeros, which every group's range holds anyway."""
     rows, columns = matrix.shape
     size = columns if group == ROW else group
@@ -196,9 +201,8 @@ def dequantize_packed(
 ) -> Tensor:
     """The same of the parts of a GroupedTensor."""
     rows, columns = rows_and_columns(shape)
-    size = columns if format.block == ROW else format.block
-    whole = unpack_codes(codes, (rows, columns), format.bits).float()
-    values = _spread(scale.float(), size, columns) * (whole - _spread(zeros_of(zero, scale, format), size, columns))
+    whole = unpack_codes(codes, (rows, columns), format.bits)
+    values = values_of(whole, scale.float(), zeros_of(zero, scale, format), format.block)
     if order is not None:
         values = torch.empty_like(values).index_copy_(1, order.long(), values)
     return values.to(dtype).view(shape)
@@ -209,6 +213,12 @@ def zeros_of(zero: Tensor | None, scale: Tensor, format: Format) -> Tensor:
     return torch.full_like(scale, 2 ** (format.bits - 1), dtype=torch.float32) if zero is None else zero.float()
 
 
-def _spread(constants: Tensor, size: int, columns: int) -> Tensor:
-    """[rows, groups] to [rows, columns]."""
-    return constants.repeat_interleave(size, dim=1)[:, :columns]
+def values_of(codes: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
+    """scale * (code - zero), float32 [rows, columns]; codes: [rows, columns], constants: float32 [rows, groups]."""
+    columns = codes.shape[1]
+    return spread(scale, group, columns) * (codes.float() - spread(zero, group, columns))
+
+
+def spread(constants: Tensor, group: int, columns: int) -> Tensor:
+    """[rows, groups] to [rows, columns]: each column's own."""
+    return constants.repeat_interleave(columns if group == ROW else group, dim=1)[:, :columns]

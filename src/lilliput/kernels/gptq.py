@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lilliput.errors import FormatError
 from lilliput.formats import grids
+from lilliput.formats.grouped import by_groups
 from lilliput.kernels import dispatch
 from lilliput.kernels.core import arrays
 
@@ -152,9 +152,8 @@ def _descend(
 
 
 def _search(w: Tensor, importance: Tensor, group: int, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    more = -w.shape[1] % group  # zeros behind the last group change neither its range nor, without weight, its error
-    cut = pad(w, (0, more)).view(w.shape[0], -1, group)
-    return grids.search_grid(cut, bits, symmetric, pad(importance, (0, more)).view(-1, group))
+    # zeros behind the last group change neither its range nor, without weight, its error
+    return grids.search_grid(by_groups(w, group), bits, symmetric, by_groups(importance[None], group)[0])
 
 
 # ---- fakes ----

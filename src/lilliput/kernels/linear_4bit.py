@@ -217,20 +217,29 @@ dispatch.register_core(LINEAR, reference, by_core, core_knows)
 dispatch.register_core(BACKWARD, backward_reference, backward_by_core, core_knows)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, absmax, absmax_scale, absmax_offset, bias, format, _ = inputs
-    ctx.save_for_backward(codes, absmax, absmax_scale, absmax_offset)
-    ctx.format, ctx.in_features = format, x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def differentiable(linear: str, backward: str) -> None:
+    """Give a product with (x, codes, three constants, bias, format, out) its gradients to x and bias.
+
+    Args:
+        linear, backward: qualified names; the latter's operation takes (grad, codes, three constants, format, in).
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *packed, bias, format, _ = inputs
+        ctx.save_for_backward(*packed)
+        ctx.format, ctx.in_features = format, x.shape[-1]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            operation = getattr(torch.ops.lilliput, backward.partition("::")[2])
+            to_x = operation(grad, *ctx.saved_tensors, ctx.format, ctx.in_features)
+        if ctx.needs_input_grad[5]:
+            to_bias = matrix(grad).sum(dim=0, dtype=compute_type(grad)).to(ctx.bias_dtype)
+        return to_x, None, None, None, None, to_bias, None, None
+
+    torch.library.register_autograd(linear, gradients, setup_context=keep, lib=dispatch.LIBRARY)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    to_x = to_bias = None
-    if ctx.needs_input_grad[0]:
-        to_x = torch.ops.lilliput.linear_4bit_backward(grad, *ctx.saved_tensors, ctx.format, ctx.in_features)
-    if ctx.needs_input_grad[5]:
-        to_bias = matrix(grad).sum(dim=0, dtype=compute_type(grad)).to(ctx.bias_dtype)
-    return to_x, None, None, None, None, to_bias, None, None
-
-
-torch.library.register_autograd(LINEAR, _gradients, setup_context=_keep, lib=dispatch.LIBRARY)
+differentiable(LINEAR, BACKWARD)

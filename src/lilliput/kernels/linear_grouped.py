@@ -7,7 +7,6 @@ here: the low-rank update beside it (lora_linear.py).
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from lilliput.formats import Quantized, get_format
 from lilliput.formats.grouped import dequantize_packed
 from lilliput.kernels import dispatch
 from lilliput.kernels.core import arrays
-from lilliput.kernels.linear_4bit import check, compute_type, core_knows, float_rows, matrix
+from lilliput.kernels.linear_4bit import check, compute_type, core_knows, differentiable, float_rows, matrix
 
 
 def linear_grouped(x: Tensor, q: Quantized, bias: Tensor | None = None) -> Tensor:
@@ -187,22 +186,4 @@ BACKWARD = dispatch.define(
 )
 dispatch.register_core(LINEAR, reference, by_core, core_knows)
 dispatch.register_core(BACKWARD, backward_reference, backward_by_core, core_knows)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scale, zero, order, bias, format, _ = inputs
-    ctx.save_for_backward(codes, scale, zero, order)
-    ctx.format, ctx.in_features = format, x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    to_x = to_bias = None
-    if ctx.needs_input_grad[0]:
-        to_x = torch.ops.lilliput.linear_grouped_backward(grad, *ctx.saved_tensors, ctx.format, ctx.in_features)
-    if ctx.needs_input_grad[5]:
-        to_bias = matrix(grad).sum(dim=0, dtype=compute_type(grad)).to(ctx.bias_dtype)
-    return to_x, None, None, None, None, to_bias, None, None
-
-
-torch.library.register_autograd(LINEAR, _gradients, setup_context=_keep, lib=dispatch.LIBRARY)
+differentiable(LINEAR, BACKWARD)

@@ -34,8 +34,9 @@ from lilliput.errors import CheckpointError, DataError, FormatError, UsageError
 from lilliput.files import read_json, sha256_text, write_json, write_safetensors
 from lilliput.formats.grouped import GroupedTensor, dequantize_groups
 from lilliput.layers.identity import Stamp
+from lilliput.layers.replace import shape_of
 from lilliput.models.causal import context_length
-from lilliput.models.gptq import Gptq, Hessian, round_to_nearest, solve
+from lilliput.models.gptq import Gptq, Hessian, Inputs, factor, round_to_nearest, solve
 from lilliput.models.gptq_files import GPTQ_CONFIG, PARTS, convention_for, gptq_config, pack_gptq, unpack_gptq
 from lilliput.models.gptq_report import GptqReport, ModuleResult
 from lilliput.models.load import Checkpoint, open_checkpoint, take_generation_config
@@ -49,7 +50,6 @@ UNFINISHED = ".gptq"  # a folder of the result with the layers that are done
 _STATE = "state.json"
 _FEW = 4  # tokens for each column of the widest layer below which a warning is given
 _ROOM = 6  # tensors as wide as a layer's widest that are alive at once while a layer runs, about
-_EMBEDDING_ROWS = 8  # segments whose embeddings are made at once
 
 
 class _Reached(Exception):
@@ -58,14 +58,14 @@ class _Reached(Exception):
 
 @dataclass(frozen=True)
 class _Job:
-    """What is wanted, checked."""
+    """What is wanted, checked. dtype: of what is not quantized; memory: bytes for running a layer."""
 
     checkpoint: Checkpoint
     skeleton: Skeleton
     settings: Gptq
     out: Path
     rounding: str
-    dtype: torch.dtype | None
+    dtype: torch.dtype
     memory: int
 
 
@@ -152,17 +152,18 @@ def _prepare(
         )
     skeleton = Skeleton(checkpoint)
     take_generation_config(skeleton.model, checkpoint.directory)
-    if not skeleton.linears():
+    if not skeleton.linears:
         raise UsageError("has no linear layers in its decoder layers", where=checkpoint.source.name)
     _check_sizes(skeleton)
-    job = _Job(checkpoint, skeleton, settings, out, rounding, dtype, int(memory * 2**30))
+    kept = _kept_type(skeleton) if dtype is None else dtype
+    job = _Job(checkpoint, skeleton, settings, out, rounding, kept, int(memory * 2**30))
     _check_numbers(job)
     return job
 
 
 def _check_sizes(skeleton: Skeleton) -> None:
     """Refuse at once what the file layout cannot hold; packing would refuse it after hours."""
-    for name in skeleton.linears():
+    for name in skeleton.linears:
         shape = skeleton.tensors[f"{skeleton.prefix(0)}{name}.weight"].shape
         if any(side % 32 for side in shape):
             raise UsageError(
@@ -174,11 +175,11 @@ def _check_sizes(skeleton: Skeleton) -> None:
 
 def _check_numbers(job: _Job) -> None:
     """Refuse at once what cannot be written in the type for what is not quantized."""
-    skeleton, kept = job.skeleton, _kept_type(job)
+    skeleton = job.skeleton
     layers = range(len(skeleton))
-    quantized = {f"{skeleton.prefix(index)}{name}.weight" for index in layers for name in skeleton.linears()}
+    quantized = {f"{skeleton.prefix(index)}{name}.weight" for index in layers for name in skeleton.linears}
     for name, tensor in skeleton.tensors.items():
-        if name not in quantized and tensor.dtype != kept:
+        if name not in quantized and tensor.dtype != job.dtype:
             _small(name, tensor.load(), job)
 
 
@@ -195,7 +196,7 @@ def _check_text(ids: Tensor | None, job: _Job) -> None:
             f"segments of {ids.shape[1]:,} tokens are more than the {most:,} positions this model has",
             todo="Cut the text into shorter ones.",
         )
-    widest = max(_columns(job.skeleton, name) for name in job.skeleton.linears())
+    widest = max(columns for _, columns in _shapes(job.skeleton))
     if ids.numel() < _FEW * widest:
         warn(
             f"{ids.numel():,} tokens of calibration for layers of up to {widest:,} inputs: below {_FEW * widest:,} "
@@ -203,9 +204,9 @@ def _check_text(ids: Tensor | None, job: _Job) -> None:
         )
 
 
-def _columns(skeleton: Skeleton, name: str) -> int:
-    linear = skeleton.layers[0].get_submodule(name)
-    return linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.weight.shape[1]
+def _shapes(skeleton: Skeleton) -> list[tuple[int, int]]:
+    """(out, in) of a layer's linear layers."""
+    return [shape_of(skeleton.layers[0].get_submodule(name)) for name in skeleton.linears]
 
 
 # ---- what is done already ----
@@ -274,18 +275,18 @@ def _walk(job: _Job, state: _State, ids: Tensor, on_disk: bool | None, progress:
     with (
         _hidden_states(job, state, ids, on_disk) as hidden,
         torch.no_grad(),
-        bar(_title(job), len(skeleton) * len(skeleton.linears()), shown=progress) as advance,
+        bar(_title(job), len(skeleton) * len(skeleton.linears), shown=progress) as advance,
     ):
         rows = _rows_at_once(job, ids)
         calls = _begin(skeleton, ids, hidden, rows)
         for index in range(len(skeleton)):
+            batches = [(some, calls[len(some)][index]) for some in hidden.split(rows)]
             if index < state.layers:
-                _run_again(job, state, index, hidden, calls, advance)
+                _run_again(job, state, index, batches, advance)
                 continue
             started = time.perf_counter()
             with skeleton.filled(index) as layer:
                 work = _Layer(job, index, layer, advance)
-                batches = [(some, calls[len(some)][index]) for some in hidden.split(rows)]
                 work.in_one_pass(*batches[0]) if len(batches) == 1 else work.in_stages(batches)
                 state.add(work.tensors, work.results, time.perf_counter() - started)
 
@@ -296,8 +297,7 @@ def _title(job: _Job) -> str:
 
 def _rows_at_once(job: _Job, ids: Tensor) -> int:
     """Segments that can run through a layer at once: what is alive in it is about six times its widest tensor."""
-    linears = [job.skeleton.layers[0].get_submodule(name) for name in job.skeleton.linears()]
-    widest = max(max(linear.weight.shape) for linear in linears)
+    widest = max(max(shape) for shape in _shapes(job.skeleton))
     return max(1, min(len(ids), job.memory // (4 * ids.shape[1] * widest * _ROOM)))
 
 
@@ -323,29 +323,29 @@ def _begin(skeleton: Skeleton, ids: Tensor, hidden: Tensor, rows: int) -> dict[i
     calls: dict[int, list[Call]] = {}
     with skeleton.beginning() as beginning:
         for some, place in zip(ids.split(rows), hidden.split(rows), strict=True):
-            for few, part in zip(some.split(_EMBEDDING_ROWS), place.split(_EMBEDDING_ROWS), strict=True):
-                part.copy_(beginning.start(few).hidden)
-            if len(some) not in calls:
-                calls[len(some)] = beginning.start(some).calls
+            start = beginning.start(some)
+            place.copy_(start.hidden)
+            calls.setdefault(len(some), start.calls)
     return calls
 
 
 def _run_again(
-    job: _Job, state: _State, index: int, hidden: Tensor, calls: dict[int, list[Call]], advance: Callable[..., None]
+    job: _Job, state: _State, index: int, batches: list[tuple[Tensor, Call]], advance: Callable[..., None]
 ) -> None:
     """What comes out of a layer that is done already."""
     stored = stored_file(state.file(index))
     with job.skeleton.filled(index) as layer:
-        for name in job.skeleton.linears():
+        for name in job.skeleton.linears:
             q = _stored(stored, f"{job.skeleton.prefix(index)}{name}", job.settings)
             _put(layer.get_submodule(name), dequantize_groups(q, torch.float32))
             advance(note=f"layer {index}: done before")
-        for some in hidden.split(_batch(calls)):
-            some.copy_(run_layer(layer, some, calls[len(some)][index]))
+        _run_through(layer, batches)
 
 
-def _batch(calls: dict[int, list[Call]]) -> int:
-    return max(calls)
+def _run_through(layer: nn.Module, batches: list[tuple[Tensor, Call]]) -> None:
+    """Put what comes out of a layer in place of what went in."""
+    for some, call in batches:
+        some.copy_(run_layer(layer, some, call))
 
 
 def _stored(stored: dict[str, StoredTensor], name: str, settings: Gptq) -> GroupedTensor:
@@ -358,17 +358,21 @@ class _Layer:
 
     def __init__(self, job: _Job, index: int, layer: nn.Module, advance: Callable[..., None]) -> None:
         self.job, self.index, self.layer, self.advance = job, index, layer, advance
-        self.linears = {name: layer.get_submodule(name) for name in job.skeleton.linears()}
-        self.tensors = dict(_dense(job, job.skeleton.prefix(index), job.skeleton.linears()))
+        self.prefix = job.skeleton.prefix(index)
+        self.linears = {name: layer.get_submodule(name) for name in job.skeleton.linears}
+        self.tensors = dict(_dense(job, self.prefix))
         self.results: list[ModuleResult] = []
 
     def in_one_pass(self, hidden: Tensor, call: Call) -> None:
         """All of the text at once: each linear layer is quantized when its inputs arrive, and then computes."""
-        known: list[Any] = [None, None]  # an input, and its Hessian: layers that share one share the other
+        known: list[Any] = [None, None]  # an input, and what is made of it: layers that share one share the other
 
         def quantize_first(name: str, x: Tensor) -> None:
             if known[0] is not x:
-                known[:] = x, _hessian_of(x)
+                with self._named(name):
+                    hessian = Hessian(x.shape[-1])
+                    hessian.add(x)
+                    known[:] = x, factor(hessian.mean(), self.job.settings)
             self.quantize(name, known[1])
 
         with self._watching(quantize_first):
@@ -385,18 +389,20 @@ class _Layer:
                     return
                 if not sums:
                     sums.append(Hessian(x.shape[-1]))
-                sums[0].add(x)
+                with self._named(name):
+                    sums[0].add(x)
                 raise _Reached
 
             with self._watching(add):
                 for some, call in batches:
                     with suppress(_Reached):
                         run_layer(self.layer, some, call)
+            with self._named(stage[0]):
+                inputs = factor(hessian[0].mean(), self.job.settings)
             for name in stage:
-                self.quantize(name, hessian[0])
+                self.quantize(name, inputs)
         self._round_the_rest()
-        for some, call in batches:
-            some.copy_(run_layer(self.layer, some, call))
+        _run_through(self.layer, batches)
 
     def _stages(self, hidden: Tensor, call: Call) -> list[list[str]]:
         """Names of the linear layers in the order of their computation; those with the same input together."""
@@ -436,7 +442,15 @@ class _Layer:
                 warn(f"layer {self.index}: the text never reached '{name}'; it is rounded to nearest")
                 self.quantize(name, None)
 
-    def quantize(self, name: str, hessian: Hessian | None) -> None:
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Say of a fault inside which linear layer it is in."""
+        try:
+            yield
+        except FormatError as error:
+            raise FormatError(error.what, where=f"{self.prefix}{name}", todo=error.todo) from error
+
+    def quantize(self, name: str, inputs: Inputs | None) -> None:
         """Codes for a linear layer; it computes with what they stand for from now on. A second time changes nothing."""
         if any(result.module == name for result in self.results):
             return
@@ -444,14 +458,14 @@ class _Layer:
         held: Any = linear.weight
         weight = held.t() if isinstance(linear, Conv1D) else held
         error, damp, dead = None, None, 0
-        with _named(f"{self.job.skeleton.prefix(self.index)}{name}"):
-            if hessian is None:
+        with self._named(name):
+            if inputs is None:
                 q = round_to_nearest(weight, settings)
             else:
-                found = solve(weight, hessian.mean(), settings)
+                found = solve(weight, inputs, settings)
                 q, error, damp, dead = found.quantized, found.error, found.damp, found.dead
             packed = pack_gptq(q, convention_for(settings.symmetric))
-        self.tensors |= {f"{self.job.skeleton.prefix(self.index)}{name}.{part}": t for part, t in packed.items()}
+        self.tensors |= {f"{self.prefix}{name}.{part}": tensor for part, tensor in packed.items()}
         distance = _put(linear, dequantize_groups(q, torch.float32))
         size = sum(tensor.nbytes for tensor in packed.values())
         self.results.append(
@@ -460,21 +474,6 @@ class _Layer:
             )
         )
         self.advance(note=f"layer {self.index} {name}" + ("" if error is None else f": error {error:.2e}"))
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say of a fault inside which layer it is in."""
-    try:
-        yield
-    except FormatError as error:
-        raise FormatError(error.what, where=name, todo=error.todo) from error
-
-
-def _hessian_of(x: Tensor) -> Hessian:
-    hessian = Hessian(x.shape[-1])
-    hessian.add(x)
-    return hessian
 
 
 def _put(linear: nn.Module, weight: Tensor) -> float:
@@ -486,9 +485,9 @@ def _put(linear: nn.Module, weight: Tensor) -> float:
     return distance
 
 
-def _dense(job: _Job, prefix: str, linears: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """What is not quantized among the tensors that begin with `prefix`."""
-    quantized = {f"{prefix}{name}.weight" for name in linears}
+def _dense(job: _Job, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """What is not quantized among the tensors that begin with `prefix`, a layer's."""
+    quantized = {f"{prefix}{name}.weight" for name in job.skeleton.linears}
     for name, tensor in job.skeleton.tensors.items():
         if name.startswith(prefix) and name not in quantized:
             yield name, _small(name, tensor.load(), job)
@@ -498,7 +497,7 @@ def _small(name: str, tensor: Tensor, job: _Job) -> Tensor:
     """In the type that is wanted. Raises FormatError where a number becomes Inf."""
     if not tensor.is_floating_point():
         return tensor
-    small = tensor.to(_kept_type(job))
+    small = tensor.to(job.dtype)
     if not torch.equal(small.isinf(), tensor.isinf()):
         raise FormatError(
             f"{float(tensor.abs().max()):.3g} is too large for {str(small.dtype).removeprefix('torch.')}",
@@ -509,7 +508,7 @@ def _small(name: str, tensor: Tensor, job: _Job) -> Tensor:
 
 
 def _round_all(job: _Job, state: _State, progress: bool) -> None:
-    linears, skeleton = job.skeleton.linears(), job.skeleton
+    linears, skeleton = job.skeleton.linears, job.skeleton
     with torch.no_grad(), bar(_title(job), len(skeleton) * len(linears), shown=progress) as advance:
         for index in range(state.layers, len(skeleton)):
             started = time.perf_counter()
@@ -530,9 +529,8 @@ def _finish(job: _Job, state: _State, tokenizer: PreTrainedTokenizerBase | None,
     tensors: dict[str, Any] = {}
     for index in range(len(skeleton)):
         tensors |= stored_file(state.file(index))
-    dtype = _kept_type(job)
     for name, tensor in skeleton.outside().items():
-        kept = dtype if tensor.dtype.is_floating_point else tensor.dtype
+        kept = job.dtype if tensor.dtype.is_floating_point else tensor.dtype
         tensors[name] = replace(tensor, dtype=kept, load=_converted(name, tensor, job))
     quantization = gptq_config(
         settings.format,
@@ -548,7 +546,7 @@ def _finish(job: _Job, state: _State, tokenizer: PreTrainedTokenizerBase | None,
         tensors,
         job.out,
         tokenizer,
-        dtype=dtype,
+        dtype=job.dtype,
         quantization=quantization,
         beside={GPTQ_CONFIG: quantization},
         progress=progress,
@@ -559,16 +557,14 @@ def _converted(name: str, tensor: StoredTensor, job: _Job) -> Callable[[], Tenso
     return lambda: _small(name, tensor.load(), job)
 
 
-def _kept_type(job: _Job) -> torch.dtype:
-    """Of what is not quantized."""
-    if job.dtype is not None:
-        return job.dtype
-    types = {tensor.dtype for tensor in job.skeleton.tensors.values() if tensor.dtype.is_floating_point}
+def _kept_type(skeleton: Skeleton) -> torch.dtype:
+    """Of what is not quantized, where nobody says otherwise."""
+    types = {tensor.dtype for tensor in skeleton.tensors.values() if tensor.dtype.is_floating_point}
     if len(types) == 1 and (only := types.pop()) in (torch.bfloat16, torch.float16):
         return only
     if types & {torch.bfloat16}:
         raise CheckpointError(
-            "holds tensors of several types", where=job.checkpoint.source.name, todo="Say which to write with --dtype."
+            "holds tensors of several types", where=skeleton.name, todo="Say which to write with --dtype."
         )
     return torch.float16
 

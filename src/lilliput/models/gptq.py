@@ -22,14 +22,22 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lilliput.errors import FormatError, UsageError
-from lilliput.formats import ROW, Format, get_format
+from lilliput.formats import ROW, Format, grouped_format
 from lilliput.formats.grids import minmax_grid
-from lilliput.formats.grouped import GroupedTensor, group_count, grouped
+from lilliput.formats.grouped import (
+    GroupedTensor,
+    by_groups,
+    group_count,
+    grouped,
+    nearest_codes,
+    spread,
+    values_of,
+)
 from lilliput.kernels.gptq import LARGEST_BLOCK, gptq_block, gptq_descend, search_grid
 
+BITS = (2, 3, 4, 8)
 _ROWS_AT_ONCE = 4096  # of inputs, whose products are summed in float32 before they are added in float64
 _DAMP_STEPS = 8  # dampening grows tenfold each time that Cholesky fails
 _SWEEPS = 4  # of coordinate descent in a round; it mostly ends sooner
@@ -79,10 +87,9 @@ class Gptq:
     @property
     def format(self) -> Format:
         """The number format of the codes."""
-        names = {2: "int2", 3: "int3", 4: "int4", 8: "int8g"}
-        if self.bits not in names:
-            raise UsageError(f"{self.bits} bits: there are {', '.join(map(str, names))}", where="bits")
-        return get_format(names[self.bits] + ("-row" if self.group == ROW else f"-g{self.group}"))
+        if self.bits not in BITS:
+            raise UsageError(f"{self.bits} bits: there are {', '.join(map(str, BITS))}", where="bits")
+        return grouped_format(self.bits, self.group)
 
     @property
     def ordered(self) -> bool:
@@ -116,6 +123,26 @@ class Hessian:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What the algorithm needs of a layer's inputs, for all weights that share them.
+
+    Attributes:
+        hessian: H, float64 [in, in]; dampened: with its diagonal raised, and 1 for dead columns.
+        upper: U, float32 [in, in], of the dampened H with its columns in `order`.
+        order: int64 [in], the columns as they are quantized.
+        damp: the share of H's mean diagonal that Cholesky needed.
+        dead: bool [in], columns whose input was always zero.
+    """
+
+    hessian: Tensor
+    dampened: Tensor
+    upper: Tensor
+    order: Tensor
+    damp: float
+    dead: Tensor
+
+
+@dataclass(frozen=True)
 class Solution:
     """A quantized weight.
 
@@ -132,59 +159,65 @@ class Solution:
     dead: int
 
 
-def solve(weight: Tensor, hessian: Tensor, settings: Gptq) -> Solution:
+def solve(weight: Tensor, hessian: Tensor | Inputs, settings: Gptq) -> Solution:
     """Quantize a weight for inputs with that Hessian.
 
     Args:
         weight: floating [out, in], finite.
-        hessian: float64 [in, in], symmetric; not changed.
+        hessian: float64 [in, in], symmetric; not changed. Or what `factor` made of it for these settings, where several
+            weights share it.
 
     Raises:
         FormatError: shapes that do not fit, NaN or Inf, or a Hessian that no dampening makes positive definite.
     """
-    w = weight.detach().float()
-    if w.dim() != 2 or hessian.shape != (w.shape[1], w.shape[1]):
-        raise FormatError(f"the weight is {list(weight.shape)}, the Hessian {list(hessian.shape)}")
+    w, exact = weight.detach().float(), hessian.hessian if isinstance(hessian, Inputs) else hessian
+    if w.dim() != 2 or exact.shape != (w.shape[1], w.shape[1]):
+        raise FormatError(f"the weight is {list(weight.shape)}, the Hessian {list(exact.shape)}")
     if not bool(w.isfinite().all()):
         raise FormatError("the weight has NaN or Inf")
-    dead = hessian.diagonal() <= 0
-    w = w.masked_fill(dead, 0.0)
-    damped, upper, damp, order = _factor(hessian, dead, settings)
+    inputs = hessian if isinstance(hessian, Inputs) else factor(hessian, settings)
+    damped, order = inputs.dampened, inputs.order
+    w = w.masked_fill(inputs.dead, 0.0)
     stored = order if settings.ordered else None
     group = _groups_of(w.shape[1], settings, order)
     importance = damped.diagonal().float()
     static = _grids(w, importance, settings) if settings.static_groups else None
-    codes, scale, zero = _algorithm_1(w[:, order], upper, importance[order], group, static, settings)
+    codes, scale, zero = _algorithm_1(w[:, order], inputs.upper, importance[order], group, static, settings)
     if stored is None:  # back to the weight's own order, in which groups are of neighbours
         codes = torch.empty_like(codes).index_copy_(1, order, codes)
     else:
-        w, damped = w[:, stored], damped[stored][:, stored]
+        w, damped, exact = w[:, stored], damped[stored][:, stored], exact[stored][:, stored]
     codes, scale = _refine(w, damped.float(), codes, scale, zero, settings)
-    exact = hessian if stored is None else hessian[stored][:, stored]
     q = grouped(codes, scale.half(), None if settings.symmetric else zero, settings.format, stored)
-    share = _error(w - _values(codes, scale, zero, settings), exact) / max(_error(w, exact), 1e-300)
-    return Solution(q, share, damp, int(dead.sum()))
+    share = _error(w - values_of(codes, scale, zero, settings.group), exact) / max(_error(w, exact), 1e-300)
+    return Solution(q, share, inputs.damp, int(inputs.dead.sum()))
 
 
-def round_to_nearest(weight: Tensor, settings: Gptq, importance: Tensor | None = None) -> GroupedTensor:
+def round_to_nearest(weight: Tensor, settings: Gptq) -> GroupedTensor:
     """Each number to the nearest of its group's grid: what GPTQ is compared with, and what a layer without inputs gets.
 
     Args:
-        weight: floating [out, in], finite.
-        importance: float32 [in], for the search of grids; None: all columns count the same.
+        weight: floating [out, in], finite; in a search of grids all columns count the same.
     """
     w = weight.detach().float()
-    scale, zero = _grids(w, torch.ones(w.shape[1]) if importance is None else importance, settings)
-    at = torch.arange(w.shape[1]) // _width(w.shape[1], settings)
-    codes = ((w / scale[:, at]).round() + zero[:, at]).clamp(0, 2**settings.bits - 1).to(torch.uint8)
+    scale, zero = _grids(w, torch.ones(w.shape[1]), settings)
+    codes = nearest_codes(w, scale, zero, settings.format)
     return grouped(codes, scale.half(), None if settings.symmetric else zero, settings.format)
 
 
 # ---- algorithm 1 ----
 
 
-def _factor(hessian: Tensor, dead: Tensor, settings: Gptq) -> tuple[Tensor, Tensor, float, Tensor]:
-    """The dampened H in the weight's own order; U, float32; the share of dampening; the order of columns of U."""
+def factor(hessian: Tensor, settings: Gptq) -> Inputs:
+    """Order the columns, dampen H until it has a Cholesky factor, and factor its inverse.
+
+    Args:
+        hessian: float64 [in, in], symmetric; not changed.
+
+    Raises:
+        FormatError: no dampening makes it positive definite.
+    """
+    dead = hessian.diagonal() <= 0
     h = hessian.clone()
     h.diagonal()[dead] = 1.0
     mean, damp = float(h.diagonal().mean()) if len(h) else 1.0, settings.damp
@@ -195,7 +228,7 @@ def _factor(hessian: Tensor, dead: Tensor, settings: Gptq) -> tuple[Tensor, Tens
         damped.diagonal().add_(damp * mean)
         upper = _inverse_factor(damped[order][:, order])
         if upper is not None:
-            return damped, upper, damp, order
+            return Inputs(hessian, damped, upper, order, damp, dead)
         damp = min(10 * damp, 1.0) if damp < 1 else 10 * damp
     raise FormatError("the Hessian of the inputs is not positive definite, whatever is added to its diagonal")
 
@@ -268,12 +301,7 @@ def _grids(w: Tensor, importance: Tensor, settings: Gptq) -> tuple[Tensor, Tenso
     width = _width(w.shape[1], settings)
     if settings.search:
         return search_grid(w.contiguous(), importance.contiguous(), width, settings.bits, settings.symmetric)
-    return minmax_grid(_cut(w, width), settings.bits, settings.symmetric)
-
-
-def _cut(w: Tensor, width: int) -> Tensor:
-    """[out, in] as [out, groups, width], with zeros behind the last column."""
-    return pad(w, (0, -w.shape[1] % width)).view(len(w), -1, width)
+    return minmax_grid(by_groups(w, settings.group), settings.bits, settings.symmetric)
 
 
 # ---- what is ours behind it ----
@@ -283,10 +311,11 @@ def _refine(
     w: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, settings: Gptq
 ) -> tuple[Tensor, Tensor]:
     """Scales and codes improved in turn; all arguments in the order in which columns are stored."""
-    group = (torch.arange(w.shape[1]) // _width(w.shape[1], settings)).int()
+    width = _width(w.shape[1], settings)
+    group = (torch.arange(w.shape[1]) // width).int()
     for _ in range(settings.refine):
-        scale = refit_scales(w, hessian, codes, scale, zero, _width(w.shape[1], settings))
-        residual = (w - _values(codes, scale, zero, settings)) @ hessian
+        scale = refit_scales(w, hessian, codes, scale, zero, width)
+        residual = (w - values_of(codes, scale, zero, settings.group)) @ hessian
         better = gptq_descend(codes, residual, hessian, scale, zero, group, settings.bits, _SWEEPS)
         if torch.equal(better, codes):
             break
@@ -306,13 +335,12 @@ def refit_scales(w: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero:
         width: columns of a group.
     """
     groups, columns = scale.shape[1], w.shape[1]
-    at = torch.arange(columns) // width
-    v = codes.float() - zero[:, at]
+    v = codes.float() - spread(zero, width, columns)
     gram, right = w.new_empty(len(w), groups, groups), w.new_empty(len(w), groups)
     for g in range(groups):
         some = slice(g * width, (g + 1) * width)
         behind = v[:, some] @ hessian[some]
-        gram[:, g] = _cut(behind * v, width).sum(-1)
+        gram[:, g] = by_groups(behind * v, width).sum(-1)
         right[:, g] = (behind * w).sum(-1)
     gram, right = gram.double(), right.double()
     ridge = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
@@ -321,13 +349,8 @@ def refit_scales(w: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero:
     new = found[..., 0].half().float()
     usable = (new > scale / _FAR) & (new < scale * _FAR) & (failed == 0)[:, None]
     new = torch.where(usable, new, scale)
-    before, after = (_row_errors(w - s[:, at] * v, hessian) for s in (scale, new))
+    before, after = (_row_errors(w - spread(s, width, columns) * v, hessian) for s in (scale, new))
     return torch.where((after < before)[:, None], new, scale).contiguous()
-
-
-def _values(codes: Tensor, scale: Tensor, zero: Tensor, settings: Gptq) -> Tensor:
-    at = torch.arange(codes.shape[1]) // _width(codes.shape[1], settings)
-    return scale[:, at] * (codes.float() - zero[:, at])
 
 
 def _row_errors(rest: Tensor, hessian: Tensor) -> Tensor:

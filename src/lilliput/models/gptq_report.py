@@ -42,6 +42,11 @@ class ModuleResult:
     nbytes: int
     seconds: float
 
+    @property
+    def lost(self) -> float:
+        """The error, or where no text was run the weight's distance."""
+        return self.distance if self.error is None else self.error
+
 
 @dataclass(frozen=True)
 class GptqReport:
@@ -113,9 +118,9 @@ def draw_gptq(report: GptqReport, path: str | Path) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     measured = any(module.error is not None for module in report.modules)
     for name, modules in report.kinds():
-        values = [module.error if module.error is not None else module.distance for module in modules]
-        above.plot([module.layer for module in modules], values, marker="o", markersize=3, label=name)
-    if all(value > 0 for line in above.get_lines() for value in line.get_ydata()):
+        layers = [module.layer for module in modules]
+        above.plot(layers, [module.lost for module in modules], marker="o", markersize=3, label=name)
+    if all(module.lost > 0 for module in report.modules):
         above.set_yscale("log")
     above.set_ylabel("share of the outputs' energy lost" if measured else "distance of the weights")
     above.legend(fontsize=8, ncols=2)

@@ -50,6 +50,7 @@ class Skeleton:
     Attributes:
         model: as transformers builds it, in float32; `path` is its decoder layers' name ("model.layers").
         tensors: readers of the checkpoint, by the model's own names; tied weights may be absent.
+        linears: names, within a layer, of the linear layers that can be quantized; in all layers the same.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -69,6 +70,8 @@ class Skeleton:
         self.path = _path_of_layers(self.model)
         self.layers: Any = self.model.get_submodule(self.path)
         self.tensors = _by_model_names(self.model, checkpoint.tensors, self.name)
+        first = self.prefix(0)
+        self.linears = [name.removeprefix(first) for name in replaceable(self.model) if name.startswith(first)]
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -76,13 +79,6 @@ class Skeleton:
     def prefix(self, index: int) -> str:
         """What the names of a layer's tensors begin with: "model.layers.7."."""
         return f"{self.path}.{index}."
-
-    def linears(self) -> list[str]:
-        """Names, within a layer, of the linear layers that can be quantized; in all layers the same."""
-        everywhere = [
-            name.removeprefix(self.prefix(0)) for name in replaceable(self.model) if name.startswith(self.prefix(0))
-        ]
-        return everywhere
 
     def outside(self) -> dict[str, StoredTensor]:
         """The tensors that belong to no decoder layer."""
