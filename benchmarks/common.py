@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -139,19 +138,6 @@ def in_process(script: str, environment: Mapping[str, str] | None = None, **argu
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
         raise SideFailed(said[-1].strip())
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def memory() -> tuple[float, float]:
-    """(highest so far, now): resident bytes of this process.
-
-    Linux's own accounts are read where they are: what getrusage calls the maximum begins with the parent's.
-    """
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    except FileNotFoundError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return float(peak), float(peak)
-    return int(lines["VmHWM"].split()[0]) * 1024.0, int(lines["VmRSS"].split()[0]) * 1024.0
 
 
 def not_installed(*packages: str) -> str:

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lilliput
-from common import Report, Row, Side, compare, in_process, main, memory, not_installed
+from common import Report, Row, Side, compare, in_process, main, not_installed
+from lilliput.memory import held
 from lilliput.models import load_model
 from peers import dense_checkpoint, load_bitsandbytes, load_dense
 
@@ -44,7 +45,7 @@ WAYS = {
 
 def child(way: str, directory: str) -> dict[str, Any]:
     """Load in this process."""
-    imported = memory()[1]
+    imported = held()[1]
     started = time.perf_counter()
     if way == "lilliput":
         model = load_model(directory, format="nf4", progress=False)
@@ -52,12 +53,12 @@ def child(way: str, directory: str) -> dict[str, Any]:
         model = load_dense(directory, quantization_config=lilliput.NF4Config())
     else:
         model = load_bitsandbytes(directory) if way == "bitsandbytes" else load_dense(directory)
-    loaded, peak = time.perf_counter() - started, memory()[0]
+    loaded, peak = time.perf_counter() - started, held()[0]
     footprint = float(model.get_memory_footprint())
     with torch.no_grad():
         model.eval()(input_ids=torch.tensor([[1]]))
     seconds = {"ready, s": time.perf_counter() - started, "load, s": loaded}
-    sizes = {"peak MB": memory()[0], "load MB": peak, "footprint MB": footprint, "imports MB": imported}
+    sizes = {"peak MB": held()[0], "load MB": peak, "footprint MB": footprint, "imports MB": imported}
     return {**seconds, **{name: size / MB for name, size in sizes.items()}}
 
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import OURS, Report, Side, SideFailed, compare, in_process, main, memory, not_installed, seconds_of
+from common import OURS, Report, Side, SideFailed, compare, in_process, main, not_installed, seconds_of
+from lilliput.memory import held
 from lilliput.optim import AdamW, AdamW8bit, PagedAdamW8bit
 
 SHAPE = (4096, 1024)
@@ -94,9 +95,9 @@ def child(side: str, tensors: int) -> dict[str, float]:
     peaks = Path("/proc/self/clear_refs")
     if peaks.exists():
         peaks.write_text("5")  # the highest so far is from now on what is resident now
-        before = memory()[1]
+        before = held()[1]
         optimizer.step()
-        figures["extra MB a thread"] = max(0.0, memory()[0] - before) / 1e6 / torch.get_num_threads()
+        figures["extra MB a thread"] = max(0.0, held()[0] - before) / 1e6 / torch.get_num_threads()
     return figures
 
 

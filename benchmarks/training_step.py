@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common import Report, Side, compare, in_process, main, memory, not_installed
+from common import Report, Side, compare, in_process, main, not_installed
 from lilliput.data import Pack
 from lilliput.lora import LoraConfig, add_adapter
+from lilliput.memory import held
 from lilliput.models import load_model
 from lilliput.training.fused import fused
 from lilliput.training.trainer import LabelLoss, batch_of
@@ -72,7 +73,7 @@ def child(stack: str, steps: int, checkpoint: str) -> dict[str, Any]:
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    loaded = memory()[0]
+    loaded = held()[0]
     seconds, losses = [], []
     with fused(model) if stack.startswith("lilliput") and stack != "lilliput-plain" else nullcontext():
         for _ in range(steps + 1):
@@ -86,7 +87,7 @@ def child(stack: str, steps: int, checkpoint: str) -> dict[str, Any]:
             losses.append(loss.item())
             del loss
     took = statistics.median(seconds[1:])
-    sizes = {"peak GB": memory()[0] / 1e9, "loaded GB": loaded / 1e9}
+    sizes = {"peak GB": held()[0] / 1e9, "loaded GB": loaded / 1e9}
     return {"seconds": took, **sizes, "tokens/s": ROWS * TOKENS / took, "first loss": losses[0]}
 
 

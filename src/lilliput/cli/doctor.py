@@ -15,6 +15,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from lilliput import memory
 from lilliput.cli.base import size
 from lilliput.cli.door import Answer
 
@@ -118,11 +119,9 @@ def _proc_line(path: str, *starts: str) -> str:
 
 
 def _memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    words = _proc_line("/proc/meminfo", "MemAvailable").split()
-    free = int(words[1]) * 1024 if len(words) > 1 else None
-    value = f"{size(total)}" + (f", {size(free)} free" if free is not None else "")
-    if free is not None and free < 1e9:
+    free = memory.available()
+    value = size(memory.total()) + (f", {size(free)} free" if free else "")
+    if 0 < free < 1e9:
         return Finding("memory", "note", value, "Less than 1 GB is free: close other programs before tuning.")
     return Finding("memory", "ok", value)
 
