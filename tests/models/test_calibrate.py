@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lilliput.errors import CheckpointError, DataError, FormatError, UsageError
+from lilliput.files import write_safetensors
 from lilliput.layers import QuantizedLinear, quantized_layers
 from lilliput.models import Gptq, calibrate, load_model, quantize_gptq, save_model
 from lilliput.models.calibrate import UNFINISHED
@@ -117,7 +120,7 @@ def test_stages_see_the_hessians_of_one_pass(dense: Path, tmp_path: Path, monkey
     solve, seen = calibrate.solve, list[Tensor]()
 
     def note(weight: Tensor, inputs: Inputs, settings: Gptq) -> Any:
-        seen.append(inputs.hessian.clone())
+        seen.append(inputs.dampened.clone())
         return solve(weight, inputs, settings)
 
     monkeypatch.setattr(calibrate, "solve", note)
@@ -174,10 +177,73 @@ def test_unfinished_layers_of_another_job_are_refused(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(calibrate, "_finish", stop)
         quantize(dense, tmp_path)
-    for changed in ({"settings": Gptq(group=64)}, {"ids": IDS + 1}, {"dtype": torch.float32}):
+    for changed in ({"settings": Gptq(group=64)}, {"ids": IDS + 1}, {"dtype": torch.float32}, {"memory": 0.5}):
         with pytest.raises(UsageError, match="another model, text or settings"):
             quantize(dense, tmp_path, **changed)
     quantize(dense, tmp_path)
+
+
+def test_unfinished_layers_of_another_job_may_be_overwritten(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(calibrate, "_finish", stop)
+        quantize(dense, tmp_path / "out")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # the same job: it goes on, nothing goes
+        patched.setattr(calibrate, "_finish", stop)
+        quantize(dense, tmp_path / "out", overwrite=True)
+    said = capsys.readouterr().err
+    assert "Going on behind layer 3" in said
+    assert "thrown away" not in said
+    quantize(dense, tmp_path / "out", Gptq(group=64), overwrite=True)
+    assert "thrown away" in capsys.readouterr().err
+    quantize(dense, tmp_path / "fresh", Gptq(group=64))
+    files = [tmp_path / way / "model.safetensors" for way in ("out", "fresh")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("memory", [1.0, TINY])
+def test_layers_may_differ(memory: float, tmp_path: Path) -> None:
+    """A first layer without experts, as several mixtures have it: each layer's own linear layers are quantized."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        shared_expert_intermediate_size=64, mlp_only_layers=[0], max_position_embeddings=128,
+    )  # fmt: skip
+    model = Qwen2MoeForCausalLM(config).eval()
+    config.save_pretrained(tmp_path / "dense")
+    write_safetensors(tmp_path / "dense" / "model.safetensors", model.state_dict())
+    report = quantize(tmp_path / "dense", tmp_path / "out", Gptq(bits=8, group=32), memory=memory)
+    names = {layer: {m.module for m in report.modules if m.layer == layer} for layer in range(3)}
+    assert "mlp.gate_proj" in names[0]
+    assert "mlp.gate_proj" not in names[1]
+    assert "mlp.shared_expert.gate_proj" in names[1]
+    assert names[1] == names[2]
+    found = logits(load_model(tmp_path / "out", progress=False))
+    expected = logits(model)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_an_expert_that_only_a_later_batch_reaches_is_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A layer whose branch is taken by one batch only: what it holds gets codes for that batch's inputs."""
+    dense = tmp_path / "dense"
+    make_tiny_llama(num_hidden_layers=1).save_pretrained(dense)
+    forward, calls = LlamaMLP.forward, [0]
+
+    def sometimes(self: LlamaMLP, x: Tensor) -> Tensor:
+        calls[0] += 1
+        return forward(self, x) if calls[0] % 8 == 0 else x  # of the eight batches of one segment each, the last
+
+    monkeypatch.setattr(LlamaMLP, "forward", sometimes)
+    report = quantize(dense, tmp_path / "out", memory=TINY)
+    assert all(module.error is not None for module in report.modules)
+    assert "never reached" not in capsys.readouterr().err
 
 
 def test_hidden_states_may_lie_on_the_disk(dense: Path, tmp_path: Path) -> None:

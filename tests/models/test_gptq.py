@@ -12,7 +12,8 @@ from lilliput import kernels
 from lilliput.errors import FormatError, UsageError
 from lilliput.formats import ROW
 from lilliput.formats.grouped import dequantize_groups, unpack_codes
-from lilliput.models.gptq import Gptq, Hessian, refit_scales, round_to_nearest, solve
+from lilliput.models import gptq
+from lilliput.models.gptq import Gptq, Hessian, Solution, refit_scales, round_to_nearest, solve
 
 PUBLISHED = Gptq(search=False, refine=0, act_order=False, static_groups=False)
 
@@ -179,6 +180,44 @@ def test_hessian_does_not_depend_on_how_rows_arrive() -> None:
         parts.add(part)
     torch.testing.assert_close(one.mean(), 2 * x.double().T @ x.double() / 5000, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(one.mean(), parts.mean(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [Gptq(group=32), Gptq(group=32, static_groups=False, symmetric=True)])
+def test_stripes_of_rows_are_the_whole(settings: Gptq, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, hessian = problem(50, 96)
+    whole = solve(w, hessian, settings)
+    monkeypatch.setattr(gptq, "_STRIPE", 96 * 7)
+    striped = solve(w, hessian, settings)
+    assert striped.quantized.codes.equal(whole.quantized.codes)
+    assert striped.quantized.scale.equal(whole.quantized.scale)
+    assert striped.error == pytest.approx(whole.error)
+
+
+def test_many_columns_are_solved_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of wide layers, taken by a narrow one: nearly all codes are those of float64, and the error is as low."""
+    x, w = inputs(96), torch.randn(64, 96, generator=torch.Generator().manual_seed(5))
+
+    def by_us() -> Solution:
+        hessian = Hessian(96)
+        for part in x.split(50):
+            hessian.add(part)
+        return solve(w, hessian.take_mean(), Gptq(group=32))
+
+    exact = by_us()
+    monkeypatch.setattr(gptq, "_EXACT", 64)
+    found = by_us()
+    same = unpack_codes(found.quantized.codes, (64, 96), 4) == unpack_codes(exact.quantized.codes, (64, 96), 4)
+    assert same.float().mean() > 0.99
+    assert found.error == pytest.approx(exact.error, rel=1e-3)
+
+
+def test_factoring_takes_the_matrix_over() -> None:
+    _, hessian = problem(4, 64)
+    kept = hessian.clone()
+    found = gptq.factor(hessian, Gptq(group=32))
+    assert found.dampened.data_ptr() == hessian.data_ptr()
+    torch.testing.assert_close(found.dampened.diagonal() - found.raised, kept.diagonal())
+    torch.testing.assert_close(found.raised, torch.full((64,), 0.01 * float(kept.diagonal().mean())).double())
 
 
 def test_bad_input_is_refused() -> None:

@@ -47,7 +47,7 @@ def demo(
     Example:  lilliput demo -o runs/demo
     """
     began = time.perf_counter()
-    choose(number_format, FORMATS, "--format")
+    choose(number_format.partition("-")[0], FORMATS, "--format")
     from lilliput.data.demo import demo_rows
     from lilliput.files import write_json
 

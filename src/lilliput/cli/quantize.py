@@ -51,7 +51,7 @@ def quantize(
     ] = None,
     bits: Annotated[int | None, typer.Option(metavar="N", help="gptq: bits a weight, 4 (default), 3, 2 or 8.")] = None,
     group: Annotated[
-        int | None, typer.Option(metavar="N", help="gptq: weights that share a scale (128); -1: a whole row.")
+        int | None, typer.Option(metavar="N", help="gptq: weights that share a scale (64); -1: a whole row.")
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="gptq: text, or rows, like those that the model will read.")
@@ -87,7 +87,7 @@ def quantize(
         typer.Option(metavar="NAME", help="gptq: float16, bfloat16 or float32 for what is not quantized (as stored)."),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(metavar="GIB", help="gptq: what running a layer on the text may take (2).")
+        float | None, typer.Option(metavar="GIB", help="gptq: what running a layer on the text may take (1).")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")] = False,
 ) -> Answer:
@@ -113,7 +113,7 @@ def quantize(
     if number_format == GPTQ:
         _refuse({name: value for name, value in options.items() if name != "symmetric"}, "another format than gptq")
         _check_empty(out, overwrite, going_on=True)
-        return quantize_with_text(model, out, {**given, "symmetric": symmetric})
+        return quantize_with_text(model, out, {**given, "symmetric": symmetric}, overwrite=overwrite)
     _refuse(given, "--format gptq")
     _check_options(number_format, options)
     _check_empty(out, overwrite, going_on=False)

@@ -31,7 +31,7 @@ _ROUNDINGS = ("gptq", "nearest")
 _SAMPLES, _LENGTH = 128, 2048  # arXiv 2210.17323, section 4
 
 
-def quantize_with_text(model: str, out: Path, given: dict[str, Any]) -> Answer:
+def quantize_with_text(model: str, out: Path, given: dict[str, Any], *, overwrite: bool) -> Answer:
     """Quantize MODEL into `out`; `given` are the options, None for those that were left out."""
     rounding = choose(given["rounding"] or "gptq", _ROUNDINGS, "--rounding")
     if given["dtype"] is not None:
@@ -46,9 +46,11 @@ def quantize_with_text(model: str, out: Path, given: dict[str, Any]) -> Answer:
     tokenizer = load_tokenizer(model)
     ids = read_calibration(model, tokenizer, given) if rounding == "gptq" else None
     dtype = None if given["dtype"] is None else getattr(torch, given["dtype"])
-    memory = {} if given["memory"] is None else {"memory": given["memory"]}
+    options: dict[str, Any] = {"rounding": rounding, "dtype": dtype, "overwrite": overwrite}
+    if given["memory"] is not None:
+        options["memory"] = given["memory"]
     try:
-        report = quantize_gptq(model, out, ids, settings, tokenizer=tokenizer, rounding=rounding, dtype=dtype, **memory)
+        report = quantize_gptq(model, out, ids, settings, tokenizer=tokenizer, **options)
     except KeyboardInterrupt as error:
         raise Stopped("stopped", where=str(out), todo="Give the same command again to go on.") from error
     picture = out / "gptq.png"
@@ -102,7 +104,10 @@ def _people(report: GptqReport, out: Path, picture: Path) -> Group:
 
 def _errors(report: GptqReport) -> Table:
     """A line for each kind of module: the error over the layers, and the worst one."""
-    table = Table(title="Lost of each layer's outputs, a share of their energy", title_justify="left")
+    said = "Lost of each layer's outputs, a share of their energy"
+    if report.rounding == "nearest":
+        said = "How far each layer's weights were moved, a share of their norm"
+    table = Table(title=said, title_justify="left")
     for column in ("module", "mean", "largest", "in layer", "seconds"):
         table.add_column(column, justify="left" if column == "module" else "right")
     for name, modules in report.kinds():

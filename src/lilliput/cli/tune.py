@@ -11,7 +11,6 @@ from rich.table import Table
 
 from lilliput.cli.base import facts, size
 from lilliput.cli.door import (
-    FORMATS,
     Answer,
     LabelColumn,
     Model,
@@ -144,7 +143,7 @@ def read_recipe(
         if value is not None:
             changes.append(f"data.{column}_column={json.dumps(value)}")
     if number_format is not None:
-        changes.append(f"model.format={choose(number_format, FORMATS, '--format')}")
+        changes.append(f"model.format={number_format}")
     if skip_bad_rows:
         changes.append("data.skip_bad_rows=true")
     return load_recipe(name, changes)

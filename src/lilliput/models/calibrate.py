@@ -15,9 +15,8 @@ can be said of a result (gptq_report.py).
 
 from __future__ import annotations
 
-import resource
+import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,9 +29,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from lilliput import memory as accounts
 from lilliput.errors import CheckpointError, DataError, FormatError, UsageError
 from lilliput.files import read_json, sha256_text, write_json, write_safetensors
-from lilliput.formats.grouped import GroupedTensor, dequantize_groups
+from lilliput.formats.grouped import GroupedTensor
+from lilliput.kernels import dequantize
 from lilliput.layers.identity import Stamp
 from lilliput.layers.replace import shape_of
 from lilliput.models.causal import context_length
@@ -49,6 +50,7 @@ from lilliput.progress import bar, say, warn
 UNFINISHED = ".gptq"  # a folder of the result with the layers that are done
 _STATE = "state.json"
 _FEW = 4  # tokens for each column of the widest layer below which a warning is given
+_STRIPE = 512  # rows of a weight that are compared at once
 _ROOM = 6  # tensors as wide as a layer's widest that are alive at once while a layer runs, about
 
 
@@ -78,8 +80,9 @@ def quantize_gptq(
     tokenizer: PreTrainedTokenizerBase | None = None,
     rounding: str = "gptq",
     dtype: torch.dtype | None = None,
-    memory: float = 2.0,
+    memory: float = 1.0,
     on_disk: bool | None = None,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> GptqReport:
     """Quantize the decoder layers of a causal model and write them as a GPTQ checkpoint.
@@ -94,6 +97,7 @@ def quantize_gptq(
         dtype: of what is not quantized; None: as stored, but float32 becomes float16.
         memory: GiB that running one layer on the text may take; more text than fits goes in batches.
         on_disk: whether hidden states lie in a mapped file; None: when they take more than a quarter of the memory.
+        overwrite: unfinished layers of another job in `out` are thrown away instead of refused.
         progress: show a bar.
 
     Returns:
@@ -111,13 +115,14 @@ def quantize_gptq(
     started = time.perf_counter()
     job = _prepare(model, Path(out), settings, rounding, dtype, memory)
     _check_text(ids, job)
-    state = _State.open(job, ids)
+    state = _State.open(job, ids, overwrite)
+    before = state.seconds
     if ids is not None and rounding == "gptq":
         _walk(job, state, ids, on_disk, progress)
     else:
         _round_all(job, state, progress)
     _finish(job, state, tokenizer, progress)
-    seconds = state.seconds + time.perf_counter() - started
+    seconds = before + time.perf_counter() - started
     report = GptqReport(
         job.checkpoint.source.name,
         settings,
@@ -125,7 +130,7 @@ def quantize_gptq(
         state.modules,
         0 if ids is None else ids.numel(),
         round(seconds, 2),
-        _peak(),
+        accounts.held()[0],
         (job.out / "model.safetensors").stat().st_size,
     )
     write_json(job.out / "gptq.json", report.to_json())
@@ -152,7 +157,7 @@ def _prepare(
         )
     skeleton = Skeleton(checkpoint)
     take_generation_config(skeleton.model, checkpoint.directory)
-    if not skeleton.linears:
+    if not any(skeleton.linears):
         raise UsageError("has no linear layers in its decoder layers", where=checkpoint.source.name)
     _check_sizes(skeleton)
     kept = _kept_type(skeleton) if dtype is None else dtype
@@ -163,8 +168,8 @@ def _prepare(
 
 def _check_sizes(skeleton: Skeleton) -> None:
     """Refuse at once what the file layout cannot hold; packing would refuse it after hours."""
-    for name in skeleton.linears:
-        shape = skeleton.tensors[f"{skeleton.prefix(0)}{name}.weight"].shape
+    for name in _quantized(skeleton):
+        shape = skeleton.tensors[name].shape
         if any(side % 32 for side in shape):
             raise UsageError(
                 f"'{name}' is {list(shape)}; GPTQ files hold layers whose sizes are multiples of 32",
@@ -175,12 +180,16 @@ def _check_sizes(skeleton: Skeleton) -> None:
 
 def _check_numbers(job: _Job) -> None:
     """Refuse at once what cannot be written in the type for what is not quantized."""
-    skeleton = job.skeleton
-    layers = range(len(skeleton))
-    quantized = {f"{skeleton.prefix(index)}{name}.weight" for index in layers for name in skeleton.linears}
-    for name, tensor in skeleton.tensors.items():
+    quantized = {*_quantized(job.skeleton)}
+    for name, tensor in job.skeleton.tensors.items():
         if name not in quantized and tensor.dtype != job.dtype:
             _small(name, tensor.load(), job)
+
+
+def _quantized(skeleton: Skeleton) -> list[str]:
+    """The model's names of all weights that become codes."""
+    layers = enumerate(skeleton.linears)
+    return [f"{skeleton.prefix(index)}{name}.weight" for index, names in layers for name in names]
 
 
 def _check_text(ids: Tensor | None, job: _Job) -> None:
@@ -205,8 +214,9 @@ def _check_text(ids: Tensor | None, job: _Job) -> None:
 
 
 def _shapes(skeleton: Skeleton) -> list[tuple[int, int]]:
-    """(out, in) of a layer's linear layers."""
-    return [shape_of(skeleton.layers[0].get_submodule(name)) for name in skeleton.linears]
+    """(out, in) of the layers' linear layers."""
+    layers = zip(skeleton.layers, skeleton.linears, strict=True)
+    return [shape_of(layer.get_submodule(name)) for layer, names in layers for name in names]
 
 
 # ---- what is done already ----
@@ -223,12 +233,15 @@ class _State:
     seconds: float = 0.0
 
     @classmethod
-    def open(cls, job: _Job, ids: Tensor | None) -> _State:
+    def open(cls, job: _Job, ids: Tensor | None, overwrite: bool) -> _State:
         """Go on with what `out` holds, or begin.
 
-        Raises UsageError when the unfinished layers there are another job's.
+        Raises UsageError when the unfinished layers there are another job's, unless these may be overwritten.
         """
         folder, mark = job.out / UNFINISHED, _mark(job, ids)
+        if overwrite and (folder / _STATE).is_file() and read_json(folder / _STATE).get("job") != mark:
+            say(f"The unfinished layers of another job in {folder} are thrown away")
+            shutil.rmtree(folder)
         if not (folder / _STATE).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             return cls(folder, mark, [])
@@ -237,7 +250,7 @@ class _State:
             raise UsageError(
                 "holds the unfinished layers of another model, text or settings",
                 where=str(job.out),
-                todo=f"Give the same command again, another directory, or remove {folder}.",
+                todo="Give the same command again to go on, another directory, or --overwrite to throw them away.",
             )
         state = cls(folder, mark, [ModuleResult(**m) for m in known["modules"]], known["layers"], known["seconds"])
         say(f"Going on behind layer {state.layers} of {len(job.skeleton)}")
@@ -259,12 +272,14 @@ class _State:
 
 
 def _mark(job: _Job, ids: Tensor | None) -> str:
-    """Another one for another checkpoint, text or settings."""
+    """Another one for another checkpoint, text, settings or memory (which decides what is summed at once)."""
     source = job.checkpoint.source.path
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     stamps = [str((file.name, Stamp.of(file).size, Stamp.of(file).modified)) for file in files]
     text = "" if ids is None else sha256_text(str(ids.tolist()))
-    return sha256_text("\n".join([*stamps, text, repr(job.settings), job.rounding, str(job.dtype)]))
+    config = job.checkpoint.config.to_json_string()
+    wanted = (repr(job.settings), job.rounding, str(job.dtype), str(job.memory))
+    return sha256_text("\n".join([*stamps, config, text, *wanted]))
 
 
 # ---- layer after layer ----
@@ -275,7 +290,7 @@ def _walk(job: _Job, state: _State, ids: Tensor, on_disk: bool | None, progress:
     with (
         _hidden_states(job, state, ids, on_disk) as hidden,
         torch.no_grad(),
-        bar(_title(job), len(skeleton) * len(skeleton.linears), shown=progress) as advance,
+        bar(_title(job), len(_quantized(skeleton)), shown=progress) as advance,
     ):
         rows = _rows_at_once(job, ids)
         calls = _begin(skeleton, ids, hidden, rows)
@@ -307,7 +322,7 @@ def _hidden_states(job: _Job, state: _State, ids: Tensor, on_disk: bool | None) 
     shape = (*ids.shape, job.skeleton.model.config.get_text_config().hidden_size)
     size = ids.numel() * shape[-1]
     if on_disk is None:
-        on_disk = 4 * size > _memory() // 4
+        on_disk = 4 * size > (accounts.total() or math.inf) // 4
     if not on_disk:
         yield torch.empty(shape)
         return
@@ -335,9 +350,9 @@ def _run_again(
     """What comes out of a layer that is done already."""
     stored = stored_file(state.file(index))
     with job.skeleton.filled(index) as layer:
-        for name in job.skeleton.linears:
+        for name in job.skeleton.linears[index]:
             q = _stored(stored, f"{job.skeleton.prefix(index)}{name}", job.settings)
-            _put(layer.get_submodule(name), dequantize_groups(q, torch.float32))
+            _put(layer.get_submodule(name), dequantize(q))
             advance(note=f"layer {index}: done before")
         _run_through(layer, batches)
 
@@ -359,7 +374,7 @@ class _Layer:
     def __init__(self, job: _Job, index: int, layer: nn.Module, advance: Callable[..., None]) -> None:
         self.job, self.index, self.layer, self.advance = job, index, layer, advance
         self.prefix = job.skeleton.prefix(index)
-        self.linears = {name: layer.get_submodule(name) for name in job.skeleton.linears}
+        self.linears = {name: layer.get_submodule(name) for name in job.skeleton.linears[index]}
         self.tensors = dict(_dense(job, self.prefix))
         self.results: list[ModuleResult] = []
 
@@ -369,10 +384,11 @@ class _Layer:
 
         def quantize_first(name: str, x: Tensor) -> None:
             if known[0] is not x:
+                known[:] = None, None  # two matrices as large as H go before the next two come
                 with self._named(name):
                     hessian = Hessian(x.shape[-1])
                     hessian.add(x)
-                    known[:] = x, factor(hessian.mean(), self.job.settings)
+                    known[:] = x, factor(hessian.take_mean(), self.job.settings)
             self.quantize(name, known[1])
 
         with self._watching(quantize_first):
@@ -381,7 +397,7 @@ class _Layer:
 
     def in_stages(self, batches: list[tuple[Tensor, Call]]) -> None:
         """Batch after batch, as often as there are groups of linear layers with an input of their own."""
-        for stage in self._stages(*batches[0]):
+        for stage in self._stages(batches):
             hessian: list[Hessian] = []
 
             def add(name: str, x: Tensor, first: str = stage[0], sums: list[Hessian] = hessian) -> None:
@@ -398,26 +414,38 @@ class _Layer:
                     with suppress(_Reached):
                         run_layer(self.layer, some, call)
             with self._named(stage[0]):
-                inputs = factor(hessian[0].mean(), self.job.settings)
+                inputs = factor(hessian.pop().take_mean(), self.job.settings)
             for name in stage:
                 self.quantize(name, inputs)
+            del inputs  # two matrices as large as H
         self._round_the_rest()
         _run_through(self.layer, batches)
 
-    def _stages(self, hidden: Tensor, call: Call) -> list[list[str]]:
-        """Names of the linear layers in the order of their computation; those with the same input together."""
+    def _stages(self, batches: list[tuple[Tensor, Call]]) -> list[list[str]]:
+        """Names of the linear layers in the order of their computation; those with the same input together.
+
+        The first batch reaches nearly all; the others are asked for what is left (experts that few tokens choose).
+        """
         stages: list[list[str]] = []
         inputs: list[Tensor] = []
+        seen: set[str] = set()
 
         def note(name: str, x: Tensor) -> None:
+            if name in seen:
+                return
+            seen.add(name)
             if inputs and inputs[-1] is x:
                 stages[-1].append(name)
-            elif not any(name in stage for stage in stages):
+            else:
                 stages.append([name])
                 inputs.append(x)
 
-        with self._watching(note):
-            run_layer(self.layer, hidden, call)
+        for some, call in batches:
+            with self._watching(note):
+                run_layer(self.layer, some, call)
+            inputs.clear()
+            if len(seen) == len(self.linears):
+                break
         return stages
 
     @contextmanager
@@ -466,7 +494,7 @@ class _Layer:
                 q, error, damp, dead = found.quantized, found.error, found.damp, found.dead
             packed = pack_gptq(q, convention_for(settings.symmetric))
         self.tensors |= {f"{self.prefix}{name}.{part}": tensor for part, tensor in packed.items()}
-        distance = _put(linear, dequantize_groups(q, torch.float32))
+        distance = _put(linear, dequantize(q))
         size = sum(tensor.nbytes for tensor in packed.values())
         self.results.append(
             ModuleResult(
@@ -480,14 +508,16 @@ def _put(linear: nn.Module, weight: Tensor) -> float:
     """Let the layer compute with `weight` [out, in]; returns the relative distance from what it had."""
     held: Any = linear.weight
     own = weight.t() if isinstance(linear, Conv1D) else weight
-    distance = float((held - own).norm() / held.norm().clamp(min=1e-30))
-    held.copy_(own)
-    return distance
+    moved, norm = 0.0, 0.0
+    for old, new in zip(held.split(_STRIPE), own.split(_STRIPE), strict=True):
+        moved, norm = moved + float((old - new).square().sum()), norm + float(old.square().sum())
+        old.copy_(new)
+    return (moved / max(norm, 1e-60)) ** 0.5
 
 
 def _dense(job: _Job, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """What is not quantized among the tensors that begin with `prefix`, a layer's."""
-    quantized = {f"{prefix}{name}.weight" for name in job.skeleton.linears}
+    quantized = {*_quantized(job.skeleton)}
     for name, tensor in job.skeleton.tensors.items():
         if name.startswith(prefix) and name not in quantized:
             yield name, _small(name, tensor.load(), job)
@@ -508,13 +538,13 @@ def _small(name: str, tensor: Tensor, job: _Job) -> Tensor:
 
 
 def _round_all(job: _Job, state: _State, progress: bool) -> None:
-    linears, skeleton = job.skeleton.linears, job.skeleton
-    with torch.no_grad(), bar(_title(job), len(skeleton) * len(linears), shown=progress) as advance:
+    skeleton = job.skeleton
+    with torch.no_grad(), bar(_title(job), len(_quantized(skeleton)), shown=progress) as advance:
         for index in range(state.layers, len(skeleton)):
             started = time.perf_counter()
             with skeleton.filled(index) as layer:
                 work = _Layer(job, index, layer, advance)
-                for name in linears:
+                for name in work.linears:
                     work.quantize(name, None)
                 state.add(work.tensors, work.results, time.perf_counter() - started)
             advance(0)
@@ -567,14 +597,3 @@ def _kept_type(skeleton: Skeleton) -> torch.dtype:
             "holds tensors of several types", where=skeleton.name, todo="Say which to write with --dtype."
         )
     return torch.float16
-
-
-def _peak() -> int:
-    """The most bytes that the process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _memory() -> int:
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

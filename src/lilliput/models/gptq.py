@@ -12,7 +12,9 @@ the order of columns by their inputs' size (`act_order`), groups whose grids are
 last column is done, scales and codes are improved in turn for the same error: scales by least squares
 (`refit_scales`), codes by coordinate descent (`kernels.gptq.gptq_descend`). On SmolLM2 that takes a tenth of the error
 away. The algorithm as published is `Gptq(search=False, refine=0)`.
-Not here: where inputs come from (calibrate.py), files (gptq_files.py).
+Memory: wide inputs have a Hessian larger than the layer itself, so there are two matrices of that size and no third:
+H, whose diagonal is raised where it lies, and U, which is factored and inverted where it lies; weights go through in
+stripes of rows. Not here: where inputs come from (calibrate.py), files (gptq_files.py), factoring (triangular.py).
 """
 
 from __future__ import annotations
@@ -36,9 +38,12 @@ from lilliput.formats.grouped import (
     values_of,
 )
 from lilliput.kernels.gptq import LARGEST_BLOCK, gptq_block, gptq_descend, search_grid
+from lilliput.models.triangular import inverse_factor
 
 BITS = (2, 3, 4, 8)
 _ROWS_AT_ONCE = 4096  # of inputs, whose products are summed in float32 before they are added in float64
+_EXACT = 4096  # columns up to which H is held and factored in float64; beyond, H alone would be larger than the layer
+_STRIPE = 1 << 21  # numbers of a weight that are quantized at once: 8 MB each of some twenty tensors
 _DAMP_STEPS = 8  # dampening grows tenfold each time that Cholesky fails
 _SWEEPS = 4  # of coordinate descent in a round; it mostly ends sooner
 _RIDGE = 1e-6  # of a scale's mean weight in its least squares, for groups whose codes are all zero
@@ -66,7 +71,7 @@ class Gptq:
     """
 
     bits: int = 4
-    group: int = 128
+    group: int = 64
     symmetric: bool = False
     act_order: bool = True
     static_groups: bool = True
@@ -98,10 +103,13 @@ class Gptq:
 
 
 class Hessian:
-    """2 X^T X / n, summed up over rows of inputs; float64 [columns, columns], and nothing of X is kept."""
+    """2 X^T X / n, summed up over rows of inputs, and nothing of X is kept.
+
+    [columns, columns]; float64, but float32 for more than 4096 columns.
+    """
 
     def __init__(self, columns: int) -> None:
-        self.sums = torch.zeros(columns, columns, dtype=torch.float64)
+        self.sums = torch.zeros(columns, columns, dtype=torch.float64 if columns <= _EXACT else torch.float32)
         self.rows = 0
 
     def add(self, x: Tensor) -> None:
@@ -112,14 +120,22 @@ class Hessian:
         matrix = x.detach().reshape(-1, len(self.sums))
         for some in matrix.split(_ROWS_AT_ONCE):
             part = some.float()
-            self.sums += part.T @ part
+            if self.sums.dtype == torch.float32:
+                self.sums.addmm_(part.T, part)
+            else:
+                self.sums += part.T @ part
         self.rows += len(matrix)
         if not bool(self.sums.diagonal().isfinite().all()):
             raise FormatError("an input of the layer is NaN or Inf", todo="Check the model with `lilliput eval`.")
 
     def mean(self) -> Tensor:
-        """H, float64 [columns, columns]."""
+        """H, [columns, columns]."""
         return self.sums * (2 / max(self.rows, 1))
+
+    def take_mean(self) -> Tensor:
+        """H, made of the sums where they lie; there are none left."""
+        sums, self.sums = self.sums, self.sums[:0, :0]
+        return sums.mul_(2 / max(self.rows, 1))
 
 
 @dataclass(frozen=True)
@@ -127,15 +143,16 @@ class Inputs:
     """What the algorithm needs of a layer's inputs, for all weights that share them.
 
     Attributes:
-        hessian: H, float64 [in, in]; dampened: with its diagonal raised, and 1 for dead columns.
+        dampened: H [in, in] with its diagonal raised, in the type that it came in.
+        raised: [in], by how much: the dampening, and 1 for dead columns.
         upper: U, float32 [in, in], of the dampened H with its columns in `order`.
         order: int64 [in], the columns as they are quantized.
         damp: the share of H's mean diagonal that Cholesky needed.
         dead: bool [in], columns whose input was always zero.
     """
 
-    hessian: Tensor
     dampened: Tensor
+    raised: Tensor
     upper: Tensor
     order: Tensor
     damp: float
@@ -164,33 +181,69 @@ def solve(weight: Tensor, hessian: Tensor | Inputs, settings: Gptq) -> Solution:
 
     Args:
         weight: floating [out, in], finite.
-        hessian: float64 [in, in], symmetric; not changed. Or what `factor` made of it for these settings, where several
-            weights share it.
+        hessian: floating [in, in], symmetric; not changed. Or what `factor` made of it for these settings, where
+            several weights share it.
 
     Raises:
         FormatError: shapes that do not fit, NaN or Inf, or a Hessian that no dampening makes positive definite.
     """
-    w, exact = weight.detach().float(), hessian.hessian if isinstance(hessian, Inputs) else hessian
-    if w.dim() != 2 or exact.shape != (w.shape[1], w.shape[1]):
-        raise FormatError(f"the weight is {list(weight.shape)}, the Hessian {list(exact.shape)}")
-    if not bool(w.isfinite().all()):
+    square = hessian.dampened if isinstance(hessian, Inputs) else hessian
+    if weight.dim() != 2 or square.shape != (weight.shape[1], weight.shape[1]):
+        raise FormatError(f"the weight is {list(weight.shape)}, the Hessian {list(square.shape)}")
+    if not bool(weight.isfinite().all()):
         raise FormatError("the weight has NaN or Inf")
-    inputs = hessian if isinstance(hessian, Inputs) else factor(hessian, settings)
-    damped, order = inputs.dampened, inputs.order
-    w = w.masked_fill(inputs.dead, 0.0)
-    stored = order if settings.ordered else None
-    group = _groups_of(w.shape[1], settings, order)
-    importance = damped.diagonal().float()
-    static = _grids(w, importance, settings) if settings.static_groups else None
-    codes, scale, zero = _algorithm_1(w[:, order], inputs.upper, importance[order], group, static, settings)
-    if stored is None:  # back to the weight's own order, in which groups are of neighbours
-        codes = torch.empty_like(codes).index_copy_(1, order, codes)
-    else:
-        w, damped, exact = w[:, stored], damped[stored][:, stored], exact[stored][:, stored]
-    codes, scale = _refine(w, damped.float(), codes, scale, zero, settings)
-    q = grouped(codes, scale.half(), None if settings.symmetric else zero, settings.format, stored)
-    share = _error(w - values_of(codes, scale, zero, settings.group), exact) / max(_error(w, exact), 1e-300)
-    return Solution(q, share, inputs.damp, int(inputs.dead.sum()))
+    inputs = hessian if isinstance(hessian, Inputs) else factor(hessian.clone(), settings)
+    problem = _Problem.of(inputs, settings)
+    rows = max(1, _STRIPE // max(weight.shape[1], 1))
+    stripes = [problem.solve(some.detach().float()) for some in weight.split(rows)]
+    codes, scale, zero = (torch.cat(parts) for parts in zip(*(found for found, _, _ in stripes), strict=True))
+    lost, all_of_it = sum(error for _, error, _ in stripes), sum(error for _, _, error in stripes)
+    q = grouped(codes, scale.half(), None if settings.symmetric else zero, settings.format, problem.stored)
+    return Solution(q, lost / max(all_of_it, 1e-300), inputs.damp, int(inputs.dead.sum()))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What all stripes of a weight share: columns as they are stored, and H in that order and in float32."""
+
+    inputs: Inputs
+    settings: Gptq
+    group: Tensor
+    stored: Tensor | None  # the order of the columns, where groups are of columns that are no neighbours
+    importance: Tensor
+    hessian: Tensor
+    raised: Tensor
+
+    @classmethod
+    def of(cls, inputs: Inputs, settings: Gptq) -> _Problem:
+        damped, order = inputs.dampened, inputs.order
+        group = _groups_of(len(damped), settings, order)
+        stored = order if settings.ordered else None
+        hessian, raised = damped.float(), inputs.raised
+        if stored is not None:
+            hessian, raised = hessian[stored][:, stored], raised[stored]
+        return cls(inputs, settings, group, stored, damped.diagonal().float(), hessian, raised)
+
+    def solve(self, w: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], float, float]:
+        """(codes, scale, zero) of w, float32 [some rows, in], in the order in which columns are stored; the error, and
+        that of zeros."""
+        settings, order = self.settings, self.inputs.order
+        w = w.masked_fill(self.inputs.dead, 0.0)
+        static = _grids(w, self.importance, settings) if settings.static_groups else None
+        codes, scale, zero = _algorithm_1(
+            w[:, order], self.inputs.upper, self.importance[order], self.group, static, settings
+        )
+        if self.stored is None:  # back to the weight's own order, in which groups are of neighbours
+            codes = torch.empty_like(codes).index_copy_(1, order, codes)
+        else:
+            w = w[:, self.stored]
+        codes, scale = _refine(w, self.hessian, codes, scale, zero, settings)
+        rest = w - values_of(codes, scale, zero, settings.group)
+        return (codes, scale, zero), self._error(rest), self._error(w)
+
+    def _error(self, rest: Tensor) -> float:
+        """The error for H as it was before its diagonal was raised."""
+        return float(_row_errors(rest, self.hessian).double().sum() - (rest.double() ** 2 @ self.raised.double()).sum())
 
 
 def round_to_nearest(weight: Tensor, settings: Gptq) -> GroupedTensor:
@@ -212,34 +265,24 @@ def factor(hessian: Tensor, settings: Gptq) -> Inputs:
     """Order the columns, dampen H until it has a Cholesky factor, and factor its inverse.
 
     Args:
-        hessian: float64 [in, in], symmetric; not changed.
+        hessian: float32 or float64 [in, in], symmetric; taken over, its diagonal is raised where it lies.
 
     Raises:
         FormatError: no dampening makes it positive definite.
     """
-    dead = hessian.diagonal() <= 0
-    h = hessian.clone()
-    h.diagonal()[dead] = 1.0
-    mean, damp = float(h.diagonal().mean()) if len(h) else 1.0, settings.damp
-    largest_first = torch.argsort(h.diagonal(), descending=True, stable=True)
-    order = largest_first if settings.act_order else torch.arange(len(h))
+    diagonal = hessian.diagonal()
+    given, dead = diagonal.clone(), diagonal <= 0
+    diagonal[dead] = 1.0
+    alive, damp = diagonal.clone(), settings.damp
+    mean = float(alive.mean()) if len(alive) else 1.0
+    order = torch.argsort(alive, descending=True, stable=True) if settings.act_order else torch.arange(len(alive))
     for _ in range(_DAMP_STEPS):
-        damped = h.clone()
-        damped.diagonal().add_(damp * mean)
-        upper = _inverse_factor(damped[order][:, order])
+        diagonal.copy_(alive + damp * mean)
+        upper = inverse_factor(hessian, order)
         if upper is not None:
-            return Inputs(hessian, damped, upper, order, damp, dead)
+            return Inputs(hessian, diagonal - given, upper, order, damp, dead)
         damp = min(10 * damp, 1.0) if damp < 1 else 10 * damp
     raise FormatError("the Hessian of the inputs is not positive definite, whatever is added to its diagonal")
-
-
-def _inverse_factor(h: Tensor) -> Tensor | None:
-    """U, upper triangular with H^-1 = U^T U, in float32; None where H is not positive definite."""
-    lower, failed = torch.linalg.cholesky_ex(h)
-    if int(failed):
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if int(failed) or not bool(upper.isfinite().all()) else upper.float()
 
 
 def _algorithm_1(
@@ -355,7 +398,3 @@ def refit_scales(w: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero:
 
 def _row_errors(rest: Tensor, hessian: Tensor) -> Tensor:
     return ((rest @ hessian) * rest).sum(-1)
-
-
-def _error(rest: Tensor, hessian: Tensor) -> float:
-    return float(_row_errors(rest.double(), hessian).sum())

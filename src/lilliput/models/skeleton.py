@@ -22,10 +22,12 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
 from lilliput.errors import CheckpointError, UsageError
-from lilliput.layers.replace import replaceable
+from lilliput.layers.replace import replaceable, shape_of
 from lilliput.models.causal import require_causal
 from lilliput.models.load import Checkpoint, model_class
 from lilliput.models.stream import StoredTensor
+
+_FEWEST = 32  # outputs of a layer worth quantizing
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Skeleton:
     Attributes:
         model: as transformers builds it, in float32; `path` is its decoder layers' name ("model.layers").
         tensors: readers of the checkpoint, by the model's own names; tied weights may be absent.
-        linears: names, within a layer, of the linear layers that can be quantized; in all layers the same.
+        linears: for each layer the names, within it, of the linear layers that can be quantized; gates of fewer than 32
+            outputs, whose few numbers decide much, are not among them.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -70,8 +73,11 @@ class Skeleton:
         self.path = _path_of_layers(self.model)
         self.layers: Any = self.model.get_submodule(self.path)
         self.tensors = _by_model_names(self.model, checkpoint.tensors, self.name)
-        first = self.prefix(0)
-        self.linears = [name.removeprefix(first) for name in replaceable(self.model) if name.startswith(first)]
+        names = [name for name in replaceable(self.model) if shape_of(self.model.get_submodule(name))[0] >= _FEWEST]
+        self.linears = [
+            [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+            for prefix in map(self.prefix, range(len(self.layers)))
+        ]
 
     def __len__(self) -> int:
         return len(self.layers)

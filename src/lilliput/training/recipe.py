@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from lilliput.errors import UsageError, nearest
 from lilliput.files import write_text
-from lilliput.formats import FORMATS
+from lilliput.formats import get_format
 from lilliput.lora import LoraConfig
 from lilliput.lora.config import NOT_SUPPORTED
 from lilliput.optim.paging import parse_bytes
@@ -71,9 +71,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """How the base is held in memory."""
 
-    format: Literal["nf4", "fp4", "int8", "int4", "int3", "int2", "int8g", "none"] = Field(
-        "nf4", description="number format of the base; none: as it is stored"
-    )
+    format: str = Field("nf4", description="number format of the base (int4-g64 and the like too); none: as stored")
     double_quant: bool | None = Field(
         None, description="nf4, fp4: quantize the block constants too, 4.127 instead of 4.5 bits a weight; null: yes"
     )
@@ -86,9 +84,10 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _options_of_the_format(self) -> ModelSection:
-        if self.format in FORMATS:
+        if self.format != "none":
+            number_format = get_format(self.format)
             for option in ("double_quant", "threshold", "embeddings"):
-                FORMATS[self.format].option(option, getattr(self, option))
+                number_format.option(option, getattr(self, option))
         return self
 
 
