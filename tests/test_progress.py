@@ -43,3 +43,12 @@ def test_brackets_are_text_not_markup(lines: io.StringIO) -> None:
     progress.say("row [bold]7[/bold]")
     progress.warn("[x]")
     assert lines.getvalue() == "row [bold]7[/bold]\nwarning: [x]\n"
+
+
+def test_what_was_done_earlier_does_not_count_as_fast(lines: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.bar("rows", 1000, done=800) as advance:
+        now[0] = 100.0
+        advance(10)  # ten in 100 s, 190 are left
+    assert "rows: 810/1000, 1900 s left (100 s)" in lines.getvalue()

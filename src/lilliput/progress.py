@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 _LINE_EVERY = 15.0  # seconds between two lines where there is no terminal to draw a bar on
+_SPEED_OVER = 600.0  # seconds over which a bar measures its speed: steps may take minutes
 
 console = Console(stderr=True, highlight=False)
 
@@ -33,25 +34,26 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def bar(description: str, total: int | None, *, shown: bool = True) -> Iterator[Advance]:
+def bar(description: str, total: int | None, *, done: int = 0, shown: bool = True) -> Iterator[Advance]:
     """A progress bar with elapsed and remaining time; without a terminal, a line now and then.
 
     Args:
         description: what is being done, a few words.
         total: the number of steps, or None when it is not known.
+        done: of these, steps that were done earlier; the estimate of the end leaves them out.
         shown: False draws nothing (for callers that were told to be quiet).
     """
     if not shown:
         yield lambda n=1, note="": None
     elif console.is_terminal:
-        with _terminal_bar(description, total) as advance:
+        with _terminal_bar(description, total, done) as advance:
             yield advance
     else:
-        yield _Lines(description, total)
+        yield _Lines(description, total, done)
 
 
 @contextmanager
-def _terminal_bar(description: str, total: int | None) -> Iterator[Advance]:
+def _terminal_bar(description: str, total: int | None, done: int) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -61,8 +63,8 @@ def _terminal_bar(description: str, total: int | None) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(description, total=total, note="")
+    with Progress(*columns, console=console, speed_estimate_period=_SPEED_OVER) as progress:
+        task = progress.add_task(description, total=total, completed=done, note="")
 
         def advance(n: int = 1, note: str = "") -> None:
             progress.update(task, advance=n, note=note) if note else progress.advance(task, n)
@@ -73,8 +75,8 @@ def _terminal_bar(description: str, total: int | None) -> Iterator[Advance]:
 class _Lines:
     """Progress where there is no terminal: at most a line every few seconds, and one at the end."""
 
-    def __init__(self, description: str, total: int | None) -> None:
-        self.description, self.total, self.done = description, total, 0
+    def __init__(self, description: str, total: int | None, done: int = 0) -> None:
+        self.description, self.total, self.done, self.earlier = description, total, done, done
         self.started = self.said = time.monotonic()
 
     def __call__(self, n: int = 1, note: str = "") -> None:
@@ -84,7 +86,8 @@ class _Lines:
             return
         self.said = now
         spent = now - self.started
-        of = f"/{self.total}, {spent * (self.total - self.done) / max(self.done, 1):.0f} s left" if self.total else ""
+        left = spent * (self.total - self.done) / max(self.done - self.earlier, 1) if self.total else 0.0
+        of = f"/{self.total}, {left:.0f} s left" if self.total else ""
         say(f"{self.description}: {self.done}{of} ({spent:.0f} s) {note}".rstrip())
 
 

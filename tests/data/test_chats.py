@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lilliput.data import Chat, Record, Turn, to_chat
-from lilliput.data.chats import FORMS, check_chat
+from lilliput.data.chats import check_chat
+from lilliput.data.forms import FORMS
 from lilliput.errors import DataError
 
 
@@ -60,30 +61,42 @@ REFUSED = {
         {"instruction": "a", "ouput": "b"},
         r"has no 'output', which a row of the form alpaca needs; its keys are 'instruction', "
         r"'ouput' \(did you mean 'output'\?\); forms understood: messages \(messages\); "
-        r"alpaca \(instruction, output\); prompt/completion \(prompt, completion\); prompt/response",
+        r"alpaca \(instruction, output\); dolly \(instruction, response\); sharegpt \(conversations\); prompt-com",
     ),
     "unknown": ({"zzz": "b"}, r"is of no known form; its keys are 'zzz'; forms understood: messages"),
     "no keys": ({}, "its keys are none"),
     "messages null": ({"messages": None}, "'messages' is null, not a list of messages"),
     "no messages": ({"messages": []}, "'messages' is empty"),
-    "a text": ({"messages": ["Hi"]}, "message 1 is of type str, not an object"),
+    "a text": ({"messages": ["Hi"]}, r"messages\[0\] is of type str, not an object"),
     "no role": (
         {"messages": [{"from": "human", "content": "a"}]},
-        r"message 1 has no 'role' \(it has 'from', 'content'\)",
+        r"messages\[0\] has no 'role' \(it has 'from', 'content'\)",
     ),
-    "no content": ({"messages": [{"role": "user"}]}, "message 1 has no 'content'"),
+    "no content": ({"messages": [{"role": "user"}]}, r"messages\[0\] has no 'content'"),
     "content parts": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
-        "'content' of message 1 is of type list, not text",
+        r"messages\[0\].content is of type list, not text",
     ),
     "unknown role": (
         messages(("user", "a"), ("asistant", "b")),
         r"turn 2 has the unknown role 'asistant'.*'assistant'\?",
     ),
-    "tool": (
-        messages(("user", "a"), ("tool", "b")),
-        r"turn 2 has the unknown role 'tool' \(known are system, user, ass",
+    "unknown role known": (messages(("user", "a"), ("bot", "b")), r"\(known are system, user, assistant, tool\)"),
+    "tool unasked": (messages(("user", "a"), ("tool", "b")), "turn 2 is the tool's where the assistant's was expected"),
+    "tool first": (messages(("tool", "a"), ("assistant", "b")), "turn 1 is the tool's where the user's was expected"),
+    "user behind a tool": (
+        messages(("user", "a"), ("assistant", "b"), ("tool", "c"), ("user", "d")),
+        "turn 4 is the user's where the assistant's",
     ),
+    "tool at the end": (
+        messages(("user", "a"), ("assistant", "b"), ("tool", "c")),
+        "the last turn is the tool's, not the assistant's",
+    ),
+    "tool calls": (
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+        r"messages\[0\] has 'tool_calls', which are not read: write the call as the assistant's words",
+    ),
+    "tools": ({"messages": [{"role": "user", "content": "a"}], "tools": 3}, "'tools' is of type int, not a list of"),
     "empty words": (messages(("user", " "), ("assistant", "b")), r"turn 1 \(user\) has no words"),
     "two questions": (
         messages(("user", "a"), ("user", "b"), ("assistant", "c")),
@@ -108,8 +121,6 @@ def test_refused_with_place_and_reason(case: str) -> None:
 
 
 def test_a_chat_without_turns() -> None:
-    from lilliput.data.chats import check_chat
-
     with pytest.raises(DataError, match="has no turns"):
         check_chat(Chat(()), answered=True)
 

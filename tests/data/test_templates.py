@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -22,6 +23,7 @@ from tests.data.templates import (
     KINDS,
     LLAMA2,
     LLAMA3,
+    MISTRAL,
     NO_ENDING,
     PHI3,
     QWEN3,
@@ -363,3 +365,68 @@ def test_markers_that_swallow_the_white_space_behind_them() -> None:
         "<|user|>Hi!<|end|><|assistant|>«Hellothere.<|end|>»<|user|>Why?<|end|><|assistant|>«Because.<|end|>»<|endoftext|>"
     )
     assert prompt_ids(CHAT.prompt, tokenizer) == example.input_ids[: runs(example)[-1][0]]
+
+
+# ---- tools -------------------------------------------------------------------------------------------------------
+
+CALLED = Chat(
+    (
+        Turn("user", "How warm is it?"),
+        Turn("assistant", '{"name": "weather"}'),
+        Turn("tool", '{"celsius": 21}'),
+        Turn("assistant", "It is 21 degrees."),
+    ),
+    "here:3",
+)
+TOOLS = '[{"name": "weather", "description": "How warm it is"}]'
+
+
+def test_a_tools_words_are_no_labels_and_the_call_is() -> None:
+    tokenizer = make_tokenizer(CHATML, "byte-level")
+    assert marked_text(make_example(CALLED, tokenizer), tokenizer) == (
+        "<|im_start|>user\nHow warm is it?<|im_end|>\n"
+        '<|im_start|>assistant\n«{"name": "weather"}<|im_end|>»\n'
+        '<|im_start|>tool\n{"celsius": 21}<|im_end|>\n'
+        "<|im_start|>assistant\n«It is 21 degrees.<|im_end|>»\n"
+    )
+
+
+@every_kind
+@pytest.mark.parametrize("style", [CHATML, LLAMA3, PHI3, GEMMA, ZEPHYR], ids=lambda style: style.name)
+def test_what_is_generated_from_behind_a_tool_begins_as_the_example(style: Style, kind: str) -> None:
+    tokenizer = make_tokenizer(style, kind)
+    example = make_example(CALLED, tokenizer)
+    assert prompt_ids(CALLED.prompt, tokenizer) == example.input_ids[: runs(example)[-1][0]]
+
+
+def test_the_list_of_tools_is_written_by_a_template_that_knows_it() -> None:
+    tokenizer = _with_template(
+        "{% if tools %}{{ 'You have ' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ eos_token }}{% endif %}"
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    )
+    text = marked_text(make_example(replace(CALLED, tools=TOOLS), tokenizer), tokenizer)
+    assert text.startswith('You have {"name": "weather", "description": "How warm it is"}<|im_end|>user: How warm')
+    assert marked_text(make_example(CALLED, tokenizer), tokenizer).startswith("user: How warm")
+    prompt = prompt_ids(replace(CALLED, tools=TOOLS).prompt, tokenizer)
+    assert make_example(replace(CALLED, tools=TOOLS), tokenizer).input_ids[: len(prompt)] == prompt
+
+
+def test_a_template_without_a_list_of_tools_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = new_tokenizer(CHATML, "byte-level")
+    tokenizer.name_or_path = "once"
+    for _ in range(2):
+        assert make_example(replace(CALLED, tools=TOOLS), tokenizer) == make_example(CALLED, tokenizer)
+    assert capsys.readouterr().err.count("once writes no list of tools") == 1
+
+
+@pytest.mark.parametrize("style", [ALPACA, VICUNA, MISTRAL, LLAMA2], ids=lambda style: style.name)
+def test_a_tools_turn_is_refused_where_it_cannot_be_said(style: Style) -> None:
+    said = "here:3: (has a tool's turn, which the Al|the chat template writes a tool's words as|the model's chat templ)"
+    with pytest.raises(DataError, match=said):
+        make_example(CALLED, make_tokenizer(style, "byte-level"))
+
+
+@pytest.mark.parametrize(("tools", "said"), [("[{", "'tools' is no JSON"), ("[3]", "'tools' is no list of objects")])
+def test_wrong_tools_are_named(tools: str, said: str) -> None:
+    with pytest.raises(DataError, match=f"here:3: {said}"):
+        make_example(replace(CALLED, tools=tools), make_tokenizer(CHATML, "byte-level"))

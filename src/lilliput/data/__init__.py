@@ -1,8 +1,10 @@
 """A row becomes a batch: records, chats, examples, packs. A tokenizer is handed in; no model is known here."""
 
-from lilliput.data.chats import Chat, Turn, to_chat
+from lilliput.data.chats import Chat, Turn
 from lilliput.data.confusion import Confusion
+from lilliput.data.conversion import Converted, convert, detect
 from lilliput.data.examples import Example, ExampleSet, end_of_turn_id, load_examples, make_example, prompt_ids
+from lilliput.data.forms import FORMS, to_chat
 from lilliput.data.labelled import (
     ClassExample,
     ClassSet,
@@ -14,13 +16,17 @@ from lilliput.data.labelled import (
 )
 from lilliput.data.packing import Pack, collate, pack
 from lilliput.data.portrait import figures, show_example
-from lilliput.data.records import Record, Records, SkippedRow, read_records
+from lilliput.data.reading import Choices
+from lilliput.data.records import Record, Records, SkippedRow, read_records, stream_records
 
 __all__ = [
+    "FORMS",
     "Chat",
+    "Choices",
     "ClassExample",
     "ClassSet",
     "Confusion",
+    "Converted",
     "Example",
     "ExampleSet",
     "LabelledText",
@@ -32,6 +38,8 @@ __all__ = [
     "Turn",
     "collate",
     "collate_labelled",
+    "convert",
+    "detect",
     "encode_labelled",
     "end_of_turn_id",
     "figures",
@@ -42,5 +50,6 @@ __all__ = [
     "read_labelled",
     "read_records",
     "show_example",
+    "stream_records",
     "to_chat",
 ]

@@ -9,11 +9,12 @@ Not here: packing (`packing.py`), what a row means (`chats.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from lilliput.data.chats import Chat, Turn, check_chat, to_chat
+from lilliput.data.chats import Chat, Turn, check_chat
+from lilliput.data.forms import to_chat
 from lilliput.data.records import Records, SkippedRow, gather, settle
 from lilliput.data.templates import Layout, Segment, layout_of, render, segments, token_id
 from lilliput.errors import DataError, UsageError, nearest
@@ -109,7 +110,7 @@ def prompt_ids(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     check_chat(chat, answered=False)
     layout = layout_of(tokenizer)
-    answered = Chat((*chat.turns, Turn("assistant", "Hi")), chat.origin, chat.input)
+    answered = replace(chat, turns=(*chat.turns, Turn("assistant", "Hi")))
     pieces = segments(render(answered, tokenizer), layout, chat.origin)
     answer = max(place for place, piece in enumerate(pieces) if piece.label)
     ids, _ = _encode(pieces[:answer], tokenizer, layout, chat.origin)

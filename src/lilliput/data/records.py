@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+import orjson
+
 from lilliput.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
@@ -96,7 +98,7 @@ def gather(path: Path, *, columns: Sequence[str] | None = None, literal: bool = 
     good: list[Record] = []
     bad: list[SkippedRow] = []
     digest = hashlib.sha256()
-    for row in _rows(path, _Table(None if columns is None else tuple(columns), literal)):
+    for row in stream_records(path, Table(None if columns is None else tuple(columns), literal)):
         if isinstance(row, SkippedRow):
             bad.append(row)
             continue
@@ -137,21 +139,23 @@ def _canonical(fields: dict[str, Any]) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """What a CSV or TSV file does not say about itself: see `gather`."""
 
     columns: tuple[str, ...] | None = None
     literal: bool = False
 
 
-def _rows(path: Path, table: _Table) -> Iterator[Record | SkippedRow]:
-    with _readable(path):
-        kind = _kind(path)
-        yield from _read_csv(path, table) if kind == "csv" else _READERS[kind](path)
+def stream_records(path: Path, table: Table | None = None) -> Iterator[Record | SkippedRow]:
+    """The rows of a file one after the other, the bad ones too, each as it is read; a file of JSON that is not JSONL is
+    read as a whole first. Raises DataError where the file itself cannot be read."""
+    with readable(path):
+        kind = kind_of(path)
+        yield from _read_csv(path, table or Table()) if kind == "csv" else _READERS[kind](path)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """What the system says about a file that cannot be read becomes a DataError."""
     try:
         yield
@@ -163,7 +167,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise DataError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """ "json", "jsonl", "csv" (TSV too) or "parquet": by the first bytes, then the suffix, then the first line."""
     with open(path, "rb") as file:
         head = file.read(4)
@@ -215,12 +219,23 @@ def _read_jsonl(path: Path) -> Iterator[Record | SkippedRow]:
             raw = line.removeprefix(_BOM) if number == 1 else line
             if raw.strip():
                 row += 1
-                yield _jsonl_row(raw, f"{path.name}:{number}", row)
+                yield parse_line(raw, f"{path.name}:{number}", row)
 
 
-def _jsonl_row(raw: bytes, origin: str, row: int) -> Record | SkippedRow:
+def quick_fields(line: bytes) -> dict[str, Any] | None:
+    """The fields of a row that is well, at the speed of orjson; None where `parse_line` is to say what is wrong, or is
+    more patient (NaN, half a character). Numbers beyond 64 bits lose digits here."""
     try:
-        return _as_record(json.loads(raw.decode("utf-8").rstrip()), origin, row)
+        value = orjson.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def parse_line(raw: bytes, origin: str, row: int) -> Record | SkippedRow:
+    """The row that stands on a line of a JSONL file, or what is wrong with it. A byte order mark is no part of it."""
+    try:
+        return _as_record(json.loads(raw.removeprefix(_BOM).decode("utf-8").rstrip()), origin, row)
     except UnicodeDecodeError as error:
         return SkippedRow(origin, f"is not UTF-8 ({_bad_byte(error)})", row)
     except json.JSONDecodeError as error:
@@ -336,8 +351,8 @@ def _object_rows(value: Any, path: Path) -> Iterator[Record | SkippedRow]:
 
 def first_fields(path: Path, *, literal: bool = False) -> list[str] | None:
     """The fields of a CSV or TSV file's first line, which may be a header; None for other kinds. Raises as `gather`."""
-    with _readable(path), open(path, "rb") as file:
-        if _kind(path) != "csv":
+    with readable(path), open(path, "rb") as file:
+        if kind_of(path) != "csv":
             return None
         lines = _text_lines(file, path)
         first = next(lines)
@@ -347,14 +362,27 @@ def first_fields(path: Path, *, literal: bool = False) -> list[str] | None:
             raise _broken_csv(error, path, 1) from error
 
 
-def _read_csv(path: Path, table: _Table) -> Iterator[Record | SkippedRow]:
+def _read_csv(path: Path, table: Table) -> Iterator[Record | SkippedRow]:
     """A header line, then a row a record; fields in double quotes may hold line breaks. Every value is text."""
-    limit = csv.field_size_limit(_CSV_FIELD_LIMIT)
+    with _long_fields(), open(path, "rb") as file:
+        yield from _csv_rows(file, path, table)
+
+
+_readers = [0, 0]  # how many CSV files are read at this moment, and the csv module's limit before the first was
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Raise the csv module's limit as long as any file is read: several may be, by turns."""
+    if not _readers[0]:
+        _readers[1] = csv.field_size_limit(_CSV_FIELD_LIMIT)
+    _readers[0] += 1
     try:
-        with open(path, "rb") as file:
-            yield from _csv_rows(file, path, table)
+        yield
     finally:
-        csv.field_size_limit(limit)
+        _readers[0] -= 1
+        if not _readers[0]:
+            csv.field_size_limit(_readers[1])
 
 
 def _csv_reader(first: str, rest: Iterator[str], path: Path, literal: bool) -> Any:
@@ -365,7 +393,7 @@ def _csv_reader(first: str, rest: Iterator[str], path: Path, literal: bool) -> A
     return csv.reader(lines, delimiter=delimiter, strict=True)
 
 
-def _csv_rows(file: Any, path: Path, table: _Table) -> Iterator[Record | SkippedRow]:
+def _csv_rows(file: Any, path: Path, table: Table) -> Iterator[Record | SkippedRow]:
     lines = _text_lines(file, path)
     first = next(lines)
     reader = _csv_reader(first, lines, path, table.literal)
@@ -374,10 +402,14 @@ def _csv_rows(file: Any, path: Path, table: _Table) -> Iterator[Record | Skipped
         header = list(table.columns) if table.columns else _header(next(reader), path)
         line = reader.line_num + 1  # where the next row begins
         for values in reader:
-            origin, line = f"{path.name}:{line}", reader.line_num + 1
+            begins, line = line, reader.line_num + 1
+            origin = f"{path.name}:{begins}"
             if not values:
                 continue
             row += 1
+            if reader.line_num > begins and _swallowed(path, table, values):
+                yield SkippedRow(origin, f"a double quote swallows the lines up to {reader.line_num}", row)
+                continue
             if len(values) != len(header):
                 expected = f"{len(header)} are expected" if table.columns else f"the header has {len(header)}"
                 reason = f"has {len(values)} fields where {expected} ({', '.join(header)})"
@@ -386,6 +418,13 @@ def _csv_rows(file: Any, path: Path, table: _Table) -> Iterator[Record | Skipped
                 yield Record(dict(zip(header, values, strict=True)), origin, row)
     except csv.Error as error:
         raise _broken_csv(error, path, reader.line_num) from error
+
+
+def _swallowed(path: Path, table: Table, values: list[str]) -> bool:
+    """Whether a field of a TSV file holds whole lines: most such files know no quotes, and one that begins a field
+    is then part of a text."""
+    tabs = path.suffix.lower() == ".tsv" and not table.literal
+    return tabs and any("\t" in value and "\n" in value for value in values)
 
 
 def _broken_csv(error: csv.Error, path: Path, line: int) -> DataError:

@@ -12,21 +12,24 @@ A turn of the assistant is labelled from the end of the generation prompt to its
     ------------------------------------------------------LLLLLLLLLLLLLLLL--
 
 Words that hold the text of a control token (`<|im_end|>`) are cut inside it, so that it stays text and cannot forge
-a turn. Not here: tokens (`examples.py`), tools, images, templates chosen by hand.
+a turn. A tool's turn and the list of tools are handed to the template, which writes them or refuses; the tool's words
+are no labels, the assistant's call is. Not here: tokens (`examples.py`), images, templates chosen by hand.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
 from lilliput.data.chats import Chat, Turn
 from lilliput.errors import DataError
+from lilliput.progress import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +42,7 @@ ALPACA_PREAMBLE_WITH_INPUT = (
     "Write a response that appropriately completes the request."
 )
 _PROBE = Chat((Turn("user", "Hello"), Turn("assistant", "Hi")), "a trial chat of two words")
+_TOOLS_TODO = "Choose a model whose chat template knows tools, or take the row out."
 _TODO = "Choose a simpler chat template for the tokenizer, or take the row out."
 
 
@@ -247,6 +251,9 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Rendering:
     plain = _apply(chat, tokenizer)
+    if any(turn.role == "tool" for turn in chat.turns) and not _knows_tools(tokenizer, repr(tokenizer.chat_template)):
+        what = "the chat template writes a tool's words as those of another"
+        raise DataError(what, where=chat.origin or None, todo=_TOOLS_TODO)
     frame = _frame(chat, tokenizer)
     ways = _fits(plain, frame, [turn.content for turn in chat.turns])
     if len(ways) != 1:
@@ -259,13 +266,52 @@ def _template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Rendering:
 
 def _apply(chat: Chat, tokenizer: PreTrainedTokenizerBase, generation_prompt: bool = False) -> str:
     messages = [{"role": turn.role, "content": turn.content} for turn in chat.turns]
+    tools = _tools(chat, tokenizer) if chat.tools else None
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+        )
     except (TemplateError, ValueError, TypeError) as error:
         what = f"the model's chat template refuses this chat: {error}"
         raise DataError(what, where=chat.origin or None, todo="Change the turns, or the template.") from error
     assert isinstance(text, str)
     return text
+
+
+def _tools(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """The tools that a chat names, as templates take them: a list of objects."""
+    try:
+        tools = json.loads(chat.tools)
+    except ValueError as error:
+        raise DataError(f"'tools' is no JSON ({error})", where=chat.origin or None, todo=_TODO) from error
+    tools = tools if isinstance(tools, list) else [tools]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise DataError("'tools' is no list of objects", where=chat.origin or None, todo=_TODO)
+    if "tools" not in repr(tokenizer.chat_template):
+        _say_no_tools(f"the chat template of {_name(tokenizer)}")
+    return tools
+
+
+@lru_cache(maxsize=8)
+def _knows_tools(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the template writes a tool's turn in another way than a user's and the assistant's.
+
+    Some write whoever is not the user as the assistant: what a tool found would stand there as the assistant's words.
+    """
+
+    def written(role: str) -> str | None:
+        try:
+            return _apply(Chat((*_PROBE.turns, Turn(role, "42"), Turn("assistant", "Hi"))), tokenizer)
+        except DataError:
+            return None  # refused: not written as a tool's turn is
+
+    return written("tool") not in (written("user"), written("assistant"))
+
+
+@lru_cache(maxsize=8)
+def _say_no_tools(name: str) -> None:
+    """Once for each tokenizer."""
+    warn(f"{name} writes no list of tools, so those that rows name are not learned")
 
 
 def _frame(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -274,7 +320,7 @@ def _frame(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     marked = tuple(
         Turn(turn.role, f"{sign}{number}<{turn.content}{sign}{number}>") for number, turn in enumerate(chat.turns)
     )
-    parts = re.split(f"{sign}([0-9]+[<>])", _apply(Chat(marked, chat.origin), tokenizer))
+    parts = re.split(f"{sign}([0-9]+[<>])", _apply(replace(chat, turns=marked), tokenizer))
     marks = parts[1::2]
     for number, turn in enumerate(chat.turns):
         if marks.count(f"{number}<") != 1 or marks.count(f"{number}>") != 1:
@@ -323,6 +369,11 @@ def _alpaca(chat: Chat) -> Rendering:
 
     <preamble> ### Instruction: <user> [### Input: <input>] ### Response: <assistant>EOS ### Instruction: …
     """
+    if any(turn.role == "tool" for turn in chat.turns):
+        what = "has a tool's turn, which the Alpaca prompt cannot say"
+        raise DataError(what, where=chat.origin or None, todo=_TOOLS_TODO)
+    if chat.tools:
+        _say_no_tools("the Alpaca prompt")
     frame, words, roles = [""], [], []
 
     def put(role: str, text: str, then: str = "") -> None:
