@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "lilliput"
 ROOMS = (
-    "formats", "kernels", "layers", "lora", "optim", "models", "data", "training", "generation", "evaluation", "cli",
+    "formats", "kernels", "layers", "lora", "optim", "models", "data", "synthesis", "training", "generation",
+    "evaluation", "cli",
 )  # fmt: skip
 WIDTH = 110  # characters of a docstring's first sentence that fit behind a file name
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "lilliput"
-FOUNDATION = {"errors", "files", "progress"}
+FOUNDATION = {"errors", "files", "memory", "progress"}
 # room -> the rooms it may import (besides itself and the foundation)
 ARROWS: dict[str, set[str]] = {
     "formats": set(),
@@ -20,10 +20,23 @@ ARROWS: dict[str, set[str]] = {
     "optim": {"formats", "kernels"},
     "models": {"formats", "kernels", "layers"},
     "data": set(),
+    "synthesis": {"data"},
     "training": {"formats", "kernels", "layers", "lora", "optim", "models", "data"},
     "generation": {"formats", "kernels", "layers", "lora", "models", "data"},
     "evaluation": {"formats", "kernels", "layers", "models", "generation", "data"},
-    "cli": {"formats", "kernels", "layers", "lora", "optim", "models", "data", "training", "generation", "evaluation"},
+    "cli": {
+        "formats",
+        "kernels",
+        "layers",
+        "lora",
+        "optim",
+        "models",
+        "data",
+        "synthesis",
+        "training",
+        "generation",
+        "evaluation",
+    },
 }
 
 

@@ -57,6 +57,10 @@ class CheckFailed(LilliputError):
     """A promise of exactness did not hold on this model and this data."""
 
 
+class TeacherError(LilliputError):
+    """A language model that was to write data is out of reach, or answers what no client understands."""
+
+
 class DiskError(LilliputError):
     """A file could not be written; what was there before is still there."""
 

@@ -8,6 +8,7 @@ import typer
 
 import lilliput
 from lilliput.cli import chat, check, demo, doctor, export, inspect, pull, quantize, tune
+from lilliput.cli import data as data_sets
 from lilliput.cli import eval as evaluation
 from lilliput.cli.door import Door, command
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 evaluate = typer.Typer(name="eval", help="Measure a model, with or without an adapter.")
 app.add_typer(evaluate)
+app.add_typer(data_sets.app)
 
 COMMANDS = (
     demo.demo,
