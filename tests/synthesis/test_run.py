@@ -128,7 +128,8 @@ def test_another_request_under_a_known_key_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_teacher_or_seed_is_refused(tmp_path: Path) -> None:
-    Run(tmp_path, Script(), SETTINGS, progress=False).close()
+    with Run(tmp_path, Script(), SETTINGS, progress=False) as run:
+        run.ask([Request("a", "one")])
     with pytest.raises(UsageError, match=r"teacher 'script' then, 'other' now; seed 3 then, 4 now"):
         Run(tmp_path, Script(name="other"), {**SETTINGS, "seed": 4}, progress=False)
 

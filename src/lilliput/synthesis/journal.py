@@ -135,7 +135,7 @@ class Journal:
         price: of tokens, kept for the report.
 
     Raises:
-        UsageError: it was begun with other settings (named), or another program writes it.
+        UsageError: it has answers to other settings (named), or another program writes it.
         DataError: as `read_journal`.
         DiskError: it cannot be written.
     """

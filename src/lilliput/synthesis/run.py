@@ -49,13 +49,13 @@ class Run:
         out: the directory; made if missing. `journal.jsonl` lies in it.
         teacher: who answers.
         settings: whatever the result depends on (method, seed, hash of the seed tasks, …), plain values; the
-            teacher's name is added as "teacher". A run in a directory with other settings is refused, with the names
-            of those that differ.
+            teacher's name is added as "teacher". A run in a directory with answers to other settings is refused, with
+            the names of those that differ.
         progress: draw a bar.
         price: of a million tokens; for the bar and the report.
 
     Raises:
-        UsageError: the directory has a journal of other settings, or another program writes it.
+        UsageError: the directory has answers to other settings, or another program writes it.
         DataError: a journal that is broken elsewhere than in its last line.
         DiskError: the journal cannot be written (here and later).
     """
