@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from lilliput.data import read_records, to_chat
+from lilliput.data.reservoir import Reservoir
 from lilliput.errors import DataError, UsageError
 from lilliput.synthesis import flan as method
-from lilliput.synthesis.flan import Part, Reservoir, Wording, flan, interleave, proportional, survey, with_examples
+from lilliput.synthesis.flan import Part, Wording, flan, interleave, proportional, survey, with_examples
 from lilliput.synthesis.flan_mix import load_mix, make_part
 from lilliput.synthesis.flan_tasks import load_task, parse_task
 

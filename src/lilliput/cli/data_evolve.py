@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lilliput.synthesis.evol_instruct import Originals, Outcome, Plan
 
 _ALL = "all"
-_FORMS = ("alpaca", "messages")
 
 
 @takes_teacher
@@ -75,10 +74,11 @@ def evolve(
     Example:  lilliput data evolve alpaca.json --model http://localhost:8000/v1 -o evolved
     """
     from lilliput.synthesis.evol_instruct import evol_instruct, read_originals
+    from lilliput.synthesis.growing import FORMS
     from lilliput.synthesis.report import write_report
 
     plan = _plan(rounds, operations, seed, batch, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    choose(to, _FORMS, "--to")
+    choose(to, FORMS, "--to")
     if limit is not None and limit < 1:
         raise UsageError(f"{limit} is not a number of rows from 1 up", where="--limit")
     originals = read_originals(data, skip_bad_rows=skip_bad_rows, limit=limit)
@@ -127,10 +127,12 @@ def _warn_of(originals: Originals) -> None:
 
 
 def _results(place: Path, originals: Originals, done: Outcome, report: dict[str, Any]) -> dict[str, Any]:
+    from lilliput.synthesis.pairs import RESULT
+
     history = report["journal"]
     counted = ("requests", "prompt_tokens", "completion_tokens", "cost", "seconds", "operations", "rounds")
     return {
-        "data": str(place / "data.jsonl"),
+        "data": str(place / RESULT),
         "report": str(place / "report.md"),
         "rows": done.rows,
         "originals": len(originals.rows),

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _OPTIONS = ("written", "always", "never")
 _SHOWN = 700  # characters of a sample on the screen
-_TARGETS = ("messages", "prompt-completion", "p3")
 
 Pairs = Annotated[
     list[str] | None,
@@ -110,9 +109,12 @@ def flan(
     """
     if show:
         return _show(task)
+    from lilliput.synthesis.flan import TARGETS, Wording
+    from lilliput.synthesis.flan import flan as write
+
     choose(options, _OPTIONS, "--options")
     choose(option_order, ("shuffled", "fixed"), "--option-order")
-    choose(to, _TARGETS, "--to")
+    choose(to, TARGETS, "--to")
     if few_shot_share < 1 and not shots:
         raise UsageError("there are no solved examples to give", where="--few-shot-share", todo="Say --shots N too.")
     if out is None:
@@ -122,9 +124,6 @@ def flan(
         "labels": pairs(labels, "--labels"), "separator": separator.replace("\\t", "\t"), "count_from": count_from,
         "names": tuple(name.strip() for name in names.split(",") if name.strip()), "cap": cap, "balance": balance,
     }  # fmt: skip
-    from lilliput.synthesis.flan import Wording
-    from lilliput.synthesis.flan import flan as write
-
     wording = Wording(templates, each, turned, options, option_order == "shuffled", shots, few_shot_share)  # type: ignore[arg-type]
     max_rate = None
     if mix is not None:

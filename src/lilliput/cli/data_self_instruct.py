@@ -66,13 +66,14 @@ def self_instruct(
     """
     from lilliput.synthesis import alpaca, self_instruct
     from lilliput.synthesis.growing import FORMS, Plan, write_rows
+    from lilliput.synthesis.pairs import RESULT
     from lilliput.synthesis.report import write_report
     from lilliput.synthesis.run import Run
     from lilliput.synthesis.seeds import read_seeds
 
     methods = {"paper": (self_instruct.METHOD, self_instruct.self_instruct), "alpaca": (alpaca.METHOD, alpaca.alpaca)}
     name, method = methods[choose(variant, VARIANTS, "--variant")]
-    choose(to, [*FORMS], "--to")
+    choose(to, FORMS, "--to")
     plan = Plan(target, max_requests, patience, seed, batch, instances, max_tokens, temperature, rouge, unicode)
     tasks = read_seeds(seeds)  # before the model: what is wrong here is told at once
     check_place(out)
@@ -80,7 +81,7 @@ def self_instruct(
     with resumable(out), Run(out, teacher.open(), plan.settings(name, tasks), price=price) as run:
 
         def save() -> None:
-            write_rows(out / "data.jsonl", run.rows(), to)
+            write_rows(out / RESULT, run.rows(), to)
 
         try:
             outcome = method(run, tasks, plan, save)
@@ -89,7 +90,7 @@ def self_instruct(
         results = _results(run, outcome, plan)
     title = f"{out}: {name}, {teacher.model}"
     write_report(out, title=title, seeds=[task.instruction for task in tasks], seed=seed)
-    results |= {"data": str(out / "data.jsonl"), "report": str(out / "report.md"), "seed_tasks": len(tasks)}
+    results |= {"data": str(out / RESULT), "report": str(out / "report.md"), "seed_tasks": len(tasks)}
     results |= {"variant": variant, "model": teacher.model, "out": str(out)}
     fault = "" if results["rows"] else f"{out}: no row was accepted: {results['why']}"
     return Answer(results, _people(results, outcome), fault)

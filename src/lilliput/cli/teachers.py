@@ -234,11 +234,14 @@ def takes_teacher(function: Callable[..., Answer]) -> Callable[..., Answer]:
 
 def check_place(out: Path) -> None:
     """Refuse a directory of a run that is a file, or that has rows which no run of ours wrote."""
+    from lilliput.synthesis.journal import JOURNAL
+    from lilliput.synthesis.pairs import RESULT
+
     if out.is_file():
         raise UsageError("is a file", where=str(out), todo="Give -o a directory.")
-    if (out / "data.jsonl").exists() and not (out / "journal.jsonl").exists():
-        what = "is there, but no journal.jsonl: these rows were made by something else"
-        raise UsageError(what, where=str(out / "data.jsonl"), todo="Give -o another directory.")
+    if (out / RESULT).exists() and not (out / JOURNAL).exists():
+        what = f"is there, but no {JOURNAL}: these rows were made by something else"
+        raise UsageError(what, where=str(out / RESULT), todo="Give -o another directory.")
 
 
 @contextmanager

@@ -46,6 +46,10 @@ class Chat:
     input: str = ""
     tools: str = ""
 
+    def without_input(self, question: str) -> str:
+        """The first question without the `input` at its end: the instruction of an Alpaca row."""
+        return question.removesuffix(f"\n\n{self.input}") if self.input else question
+
     @property
     def prompt(self) -> Chat:
         """The same chat without its last answer: what `prompt_ids` takes."""
@@ -59,7 +63,7 @@ def check_chat(chat: Chat, *, answered: bool) -> None:
     for number, turn in enumerate(turns, start=1):
         role, content = turn.role, turn.content
         # One expression for the chats that are well, since all of a data set's pass here; the words come afterwards.
-        if not content or role not in _NEXT[before] or content.isspace() or not _is_whole(content):
+        if not content or role not in _NEXT[before] or content.isspace() or not is_whole(content):
             _refuse(chat, number, before)
         before = role
     if not turns:
@@ -71,12 +75,12 @@ def check_chat(chat: Chat, *, answered: bool) -> None:
         raise DataError(f"the last turn is the {before}'s, so there is nothing to answer", where=chat.origin or None)
 
 
-def _is_whole(content: str) -> bool:
-    """Whether no lone surrogate is in the text: half a character, as a terminal without UTF-8 or an escape gives."""
-    if content.isascii():
+def is_whole(text: str) -> bool:
+    """Whether no lone surrogate is in a text: half a character, as a terminal without UTF-8 or an escape gives."""
+    if text.isascii():
         return True
     try:
-        content.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -90,7 +94,7 @@ def _refuse(chat: Chat, number: int, before: str) -> None:
         what = f"turn {number} has the unknown role '{role}' (known are {', '.join(ROLES)}){nearest(role, ROLES)}"
     elif not content.strip():
         what = f"turn {number} ({role}) has no words"
-    elif not _is_whole(content):
+    elif not is_whole(content):
         what = f"turn {number} ({role}) holds half a character (a lone surrogate)"
     elif role == "system":
         what = f"turn {number} is a system turn; only the first may be"

@@ -26,7 +26,7 @@ from lilliput.data.chats import Chat, check_chat
 from lilliput.data.engine import Engine
 from lilliput.data.forms import TARGETS, Form, form_named, form_of_columns, forms_of, printable, unknown_form
 from lilliput.data.oasst import MessageFile, check_paths
-from lilliput.data.reading import Choices, Fields, Reading
+from lilliput.data.reading import Choices, Fields, Reading, in_words
 from lilliput.data.records import Record, SkippedRow, kind_of, parse_line, quick_fields, readable, stream_records
 from lilliput.errors import DataError, UsageError, nearest
 from lilliput.progress import bar
@@ -375,12 +375,11 @@ def _convert(rows: Iterable[tuple[Fields | SkippedRow, int | str]], job: Job) ->
         mark = len(said)
         try:
             chats = read(fields_, reading)  # type: ignore[arg-type]
-            if longest is not None:
-                for chat in chats:
-                    check_chat(chat, answered=True)  # before it is cut, which only a chat can be
-                chats = [part for chat in chats for part in cut(chat, longest, job.length, reading)]
             for chat in chats:
                 check_chat(chat, answered=True)
+            if longest is not None:
+                chats = [part for chat in chats for part in cut(chat, longest, job.length, reading)]
+            for chat in chats:
                 said.append(dumps(write(chat)))
             if dropped or changed:
                 piece.dropped.update(dropped)
@@ -433,8 +432,9 @@ def _check_left(path: Path, total: Piece, orphans: list[str]) -> None:
     if total.bad == total.rows:
         first = total.faults[0]
         raise DataError(f"{first.reason}; all {total.rows:,} rows are bad", where=first.origin)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in (+total.dropped).most_common())
-    raise DataError(f"no chat is left; dropped were {reasons}", where=str(path), todo="Nothing was written.")
+    raise DataError(
+        f"no chat is left; dropped were {in_words(total.dropped)}", where=str(path), todo="Nothing was written."
+    )
 
 
 # ---- chats that are too long -------------------------------------------------------------------------------------

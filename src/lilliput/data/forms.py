@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from lilliput.data.chats import Chat, Turn, check_chat
+from lilliput.data.chats import Chat, Turn, check_chat, is_whole
 from lilliput.data.oasst import read_messages_tree, read_tree
 from lilliput.data.reading import Fields, Read, Reading, check_item, items, text, type_of
 from lilliput.data.records import Record
@@ -81,8 +81,7 @@ class Pair:
         question, answer = chat.turns[0].content, chat.turns[1].content
         if not self.input:
             return {self.user: question, self.assistant: answer}
-        asked = question.removesuffix(f"\n\n{chat.input}") if chat.input else question
-        return {self.user: asked, self.input: chat.input, self.assistant: answer}
+        return {self.user: chat.without_input(question), self.input: chat.input, self.assistant: answer}
 
 
 def _described(chat: Chat) -> str:
@@ -137,10 +136,8 @@ def printable(words: str) -> str:
 
 def check_whole(words: str, key: str) -> None:
     """Raise DataError where the text under a key holds a lone surrogate, which no file can be written with."""
-    try:
-        words.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"'{key}' holds half a character (a lone surrogate)") from error
+    if not is_whole(words):
+        raise DataError(f"'{key}' holds half a character (a lone surrogate)")
 
 
 def _write_messages(chat: Chat) -> Fields:

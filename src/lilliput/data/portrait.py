@@ -26,8 +26,9 @@ from lilliput.data.examples import Example, make_example
 from lilliput.data.forms import Form, check_whole, printable
 from lilliput.data.languages import language_of
 from lilliput.data.oasst import MessageFile
-from lilliput.data.reading import Fields, Reading, text
+from lilliput.data.reading import Fields, Reading, in_words, text
 from lilliput.data.records import Record, SkippedRow, stream_records
+from lilliput.data.reservoir import Reservoir
 from lilliput.errors import DataError, UsageError
 from lilliput.progress import bar, track
 
@@ -293,7 +294,7 @@ def _check_left(path: Path, seen: _Seen) -> None:
     if seen.faults and not seen.rows:
         first = seen.faults[0]
         raise DataError(f"{first.reason}; no row can be used", where=first.origin)
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in (+seen.reading.dropped).most_common())
+    reasons = in_words(seen.reading.dropped)
     raise DataError(f"no chat is left; dropped were {reasons}" if reasons else "holds no rows", where=str(path))
 
 
@@ -305,7 +306,7 @@ class _Seen:
     """The rows so far: counts, two numbers and two digests a chat, and a sample."""
 
     def __init__(self, form: Form, sample: int | None) -> None:
-        self.form, self.limit = form, sample
+        self.form = form
         self.records = self.rows = self.chats = self.bad = self.same = self.same_question = 0
         self.faults: list[SkippedRow] = []
         self.reading = Reading()
@@ -318,8 +319,7 @@ class _Seen:
         self.longest: list[tuple[int, int, str]] = []  # a heap of (characters, minus the chat's number, place)
         self._digests: set[bytes] = set()
         self._questions: set[bytes] = set()
-        self._sample: list[tuple[int, Chat]] = []
-        self._dice = random.Random(0)
+        self._sample: Reservoir[tuple[int, Chat]] = Reservoir(sample, random.Random(0))
 
     def take(self, row: Record | SkippedRow) -> None:
         """Look at the next row."""
@@ -364,18 +364,11 @@ class _Seen:
         question = next((turn.content for turn in chat.turns if turn.role == "user"), "")
         self.same += _repeats(self._digests, "\0".join(f"{turn.role}\0{turn.content}" for turn in chat.turns))
         self.same_question += bool(question) and _repeats(self._questions, question)
-        self._draw(number, chat)
-
-    def _draw(self, number: int, chat: Chat) -> None:
-        """Keep an even sample of the chats so far (Vitter's algorithm R)."""
-        if self.limit is None or number < self.limit:
-            self._sample.append((number, chat))
-        elif (place := self._dice.randrange(number + 1)) < self.limit:
-            self._sample[place] = (number, chat)
+        self._sample.offer((number, chat))
 
     def sample(self) -> list[Chat]:
         """The sampled chats in the order of the file."""
-        return [chat for _, chat in sorted(self._sample, key=lambda drawn: drawn[0])]
+        return [chat for _, chat in sorted(self._sample.kept, key=lambda drawn: drawn[0])]
 
     def portrait(self, **more: Any) -> Portrait:
         for name, rows in self.fields.items():

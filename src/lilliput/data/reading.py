@@ -92,3 +92,8 @@ def missing(fields: Fields, key: str, path: str = "") -> DataError:
 def type_of(value: Any) -> str:
     """What a value is, in words that follow "is"."""
     return "null" if value is None else f"of type {type(value).__name__}"
+
+
+def in_words(counts: Counter[str]) -> str:
+    """`"3 turns without words, 1 deleted messages"`: what was counted, the most first; "" for nothing."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in (+counts).most_common())

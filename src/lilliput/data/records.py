@@ -212,14 +212,22 @@ def _is_json(line: bytes) -> bool:
 
 
 def _read_jsonl(path: Path) -> Iterator[Record | SkippedRow]:
-    """One object a line, read line by line; blank lines are no rows."""
+    """One object a line."""
+    for row, number, line in jsonl_lines(path):
+        yield parse_line(line, f"{path.name}:{number}", row)
+
+
+def jsonl_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Each row of a JSONL file, read line by line: its number, the number of its line, and the line as it stands.
+
+    Blank lines are no rows. Raises OSError.
+    """
     row = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            raw = line.removeprefix(_BOM) if number == 1 else line
-            if raw.strip():
+            if (line.removeprefix(_BOM) if number == 1 else line).strip():
                 row += 1
-                yield parse_line(raw, f"{path.name}:{number}", row)
+                yield row, number, line
 
 
 def quick_fields(line: bytes) -> dict[str, Any] | None:

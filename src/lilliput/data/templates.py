@@ -393,7 +393,7 @@ def _alpaca(chat: Chat) -> Rendering:
             asked = turn.content
             first_user = "user" not in roles
             if first_user and chat.input:
-                put("user", asked.removesuffix(f"\n\n{chat.input}"), "\n\n### Input:\n")
+                put("user", chat.without_input(asked), "\n\n### Input:\n")
                 asked = chat.input
             put("user", asked, "\n\n### Response:\n")
     return Rendering(frame, words, roles)

@@ -168,7 +168,7 @@ def _prepare(
 
 def _check_sizes(skeleton: Skeleton) -> None:
     """Refuse at once what the file layout cannot hold; packing would refuse it after hours."""
-    for name in _quantized(skeleton):
+    for name in skeleton.weights:
         shape = skeleton.tensors[name].shape
         if any(side % 32 for side in shape):
             raise UsageError(
@@ -180,16 +180,9 @@ def _check_sizes(skeleton: Skeleton) -> None:
 
 def _check_numbers(job: _Job) -> None:
     """Refuse at once what cannot be written in the type for what is not quantized."""
-    quantized = {*_quantized(job.skeleton)}
     for name, tensor in job.skeleton.tensors.items():
-        if name not in quantized and tensor.dtype != job.dtype:
+        if name not in job.skeleton.weights and tensor.dtype != job.dtype:
             _small(name, tensor.load(), job)
-
-
-def _quantized(skeleton: Skeleton) -> list[str]:
-    """The model's names of all weights that become codes."""
-    layers = enumerate(skeleton.linears)
-    return [f"{skeleton.prefix(index)}{name}.weight" for index, names in layers for name in names]
 
 
 def _check_text(ids: Tensor | None, job: _Job) -> None:
@@ -290,7 +283,7 @@ def _walk(job: _Job, state: _State, ids: Tensor, on_disk: bool | None, progress:
     with (
         _hidden_states(job, state, ids, on_disk) as hidden,
         torch.no_grad(),
-        bar(_title(job), len(_quantized(skeleton)), shown=progress) as advance,
+        bar(_title(job), len(skeleton.weights), shown=progress) as advance,
     ):
         rows = _rows_at_once(job, ids)
         calls = _begin(skeleton, ids, hidden, rows)
@@ -517,9 +510,8 @@ def _put(linear: nn.Module, weight: Tensor) -> float:
 
 def _dense(job: _Job, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """What is not quantized among the tensors that begin with `prefix`, a layer's."""
-    quantized = {*_quantized(job.skeleton)}
     for name, tensor in job.skeleton.tensors.items():
-        if name.startswith(prefix) and name not in quantized:
+        if name.startswith(prefix) and name not in job.skeleton.weights:
             yield name, _small(name, tensor.load(), job)
 
 
@@ -539,7 +531,7 @@ def _small(name: str, tensor: Tensor, job: _Job) -> Tensor:
 
 def _round_all(job: _Job, state: _State, progress: bool) -> None:
     skeleton = job.skeleton
-    with torch.no_grad(), bar(_title(job), len(_quantized(skeleton)), shown=progress) as advance:
+    with torch.no_grad(), bar(_title(job), len(skeleton.weights), shown=progress) as advance:
         for index in range(state.layers, len(skeleton)):
             started = time.perf_counter()
             with skeleton.filled(index) as layer:

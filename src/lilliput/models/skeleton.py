@@ -54,6 +54,7 @@ class Skeleton:
         tensors: readers of the checkpoint, by the model's own names; tied weights may be absent.
         linears: for each layer the names, within it, of the linear layers that can be quantized; gates of fewer than 32
             outputs, whose few numbers decide much, are not among them.
+        weights: the model's names of their weights, which become codes, in order; a dict for quick look-up.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -78,6 +79,8 @@ class Skeleton:
             [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
             for prefix in map(self.prefix, range(len(self.layers)))
         ]
+        layers = enumerate(self.linears)
+        self.weights = dict.fromkeys(f"{self.prefix(index)}{name}.weight" for index, names in layers for name in names)
 
     def __len__(self) -> int:
         return len(self.layers)

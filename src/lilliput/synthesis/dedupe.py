@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lilliput.data.chats import is_whole
 from lilliput.data.engine import Engine
 from lilliput.data.forms import Form, forms_of, unknown_form
 from lilliput.data.reading import Reading, type_of
 from lilliput.data.reading import text as text_of
-from lilliput.data.records import Record, SkippedRow, kind_of, readable, settle, stream_records
+from lilliput.data.records import Record, SkippedRow, jsonl_lines, kind_of, readable, settle, stream_records
 from lilliput.errors import DataError, UsageError, nearest
 from lilliput.files import replace, write_json
 from lilliput.synthesis.near import Bands, Near, find_near, method_of
@@ -32,7 +33,6 @@ from lilliput.synthesis.rouge import THRESHOLD
 TEXTS = ("first", "chat")  # what is compared of a row without --field
 _OWN_TEXT = {"oasst-messages": "text"}  # forms whose rows are no chats by themselves: the field that is compared
 _SHOWN = 200  # characters of a text in the report
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -265,13 +265,10 @@ def _write_lines(path: Path, out: Path, gone: set[int]) -> None:
         with out.open("w", encoding="utf-8") as file:
             file.writelines(_json(record.fields) + "\n" for record in _staying(path, gone))
         return
-    row = 0
-    with readable(path), path.open("rb") as source, out.open("wb") as file:
-        for number, line in enumerate(source, start=1):
-            if (line.removeprefix(_BOM) if number == 1 else line).strip():
-                row += 1
-                if row not in gone:
-                    file.write(line if line.endswith(b"\n") else line + b"\n")
+    with readable(path), out.open("wb") as file:
+        for row, _, line in jsonl_lines(path):
+            if row not in gone:
+                file.write(line if line.endswith(b"\n") else line + b"\n")
 
 
 def _write_array(path: Path, out: Path, gone: set[int]) -> None:
@@ -297,7 +294,7 @@ def _write_csv(path: Path, out: Path, gone: set[int], delimiter: str = ",") -> N
             ):
                 what = "cannot be a line of a table: it has other fields than the first row, or lists in them"
                 raise DataError(what, where=record.origin, todo="Name a .jsonl file with -o.")
-            if any("\ud800" <= letter <= "\udfff" for value in record.fields.values() for letter in str(value)):
+            if not all(is_whole(str(value)) for value in record.fields.values()):
                 what = "holds half a character (a lone surrogate), which no table can say"
                 raise DataError(what, where=record.origin, todo="Name a .jsonl file with -o.")
             writer.writerow(record.fields)
@@ -313,8 +310,7 @@ def _staying(path: Path, gone: set[int]) -> Iterable[Record]:
 
 def _json(fields: dict[str, Any], indent: int | None = None) -> str:
     text = json.dumps(fields, ensure_ascii=False, indent=indent, default=str)
-    half = any("\ud800" <= sign <= "\udfff" for sign in text) if not text.isascii() else False
-    return json.dumps(fields, indent=indent, default=str) if half else text  # half a character is kept by its number
+    return text if is_whole(text) else json.dumps(fields, indent=indent, default=str)  # half of one by its number
 
 
 _WRITERS: dict[str, Write] = {

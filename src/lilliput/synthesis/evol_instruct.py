@@ -154,7 +154,7 @@ def evol_instruct(
     Args:
         out: the directory of the run; one that was stopped is gone on with, also with more rounds or more originals.
         originals: from `read_originals`.
-        only_last, shuffle: see `merge`. to: the form of the rows, a key of `growing.FORMS`.
+        only_last, shuffle: see `merge`. to: the form of the rows, one of `growing.FORMS`.
         progress, price: see `Run`.
 
     Raises:

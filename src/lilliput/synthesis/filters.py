@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lilliput.data.chats import is_whole
 from lilliput.synthesis.rouge import split_words
 
 # Section 2.2 names image, picture and graph; the released code the others up to "go to"; the rest are the later lists'.
@@ -114,7 +115,7 @@ def _too_long(text: str, rules: Rules) -> str | None:
 
 def _half_character(text: str, rules: Rules) -> str | None:
     """A lone surrogate cannot be written as UTF-8."""
-    return "a lone surrogate" if any("\ud800" <= letter <= "\udfff" for letter in text) else None
+    return None if is_whole(text) else "a lone surrogate"
 
 
 def _key_word(text: str, rules: Rules) -> str | None:

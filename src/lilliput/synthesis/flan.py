@@ -17,16 +17,19 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import orjson
 
+from lilliput.data.chats import Chat, Turn
+from lilliput.data.forms import form_named
 from lilliput.data.labelled import in_order
 from lilliput.data.records import SkippedRow, settle
+from lilliput.data.reservoir import Reservoir
 from lilliput.errors import DataError, UsageError
 from lilliput.files import replace
 from lilliput.progress import track
@@ -151,21 +154,19 @@ class FlanReport:
         return {
             "rows": self.rows, "zero_shot": self.shots[0], "few_shot": few, "shots": dict(sorted(self.shots.items())),
             "turned": self.turned, "with_options": self.with_options, "parts": parts, "notes": self.notes,
-            "samples": [TARGETS["messages"](sample) for sample in self.samples],
+            "samples": [_row(sample, "messages") for sample in self.samples],
         }  # fmt: skip
 
 
-def _messages(sample: Sample) -> dict[str, Any]:
-    turns = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.answer}]
-    return {"messages": turns, **sample.provenance()}
+TARGETS = ("messages", "prompt-completion", "p3")  # the forms in which rows are written
 
 
-# The forms in which rows are written.
-TARGETS: dict[str, Callable[[Sample], dict[str, Any]]] = {
-    "messages": _messages,
-    "prompt-completion": lambda sample: {"prompt": sample.prompt, "completion": sample.answer, **sample.provenance()},
-    "p3": lambda sample: {"inputs": sample.prompt, "targets": sample.answer, **sample.provenance()},
-}
+def _row(sample: Sample, target: str) -> dict[str, Any]:
+    """A written row in one of TARGETS."""
+    write = form_named(target).write
+    assert write is not None, "each of TARGETS is written"
+    chat = Chat((Turn("user", sample.prompt), Turn("assistant", sample.answer)))
+    return {**write(chat), **sample.provenance()}
 
 
 def flan(
@@ -189,7 +190,7 @@ def flan(
         out: the JSONL file, written beside and renamed.
         wording: templates, options and solved examples.
         seed: of all draws.
-        target: a key of TARGETS.
+        target: one of TARGETS.
         rows: how many rows are drawn in all; more than there are: some are drawn again. None: see `max_rate`.
         max_rate: the most rows of a file that count when files are mixed (`proportional`). None: all of them.
         skip_bad_rows: leave out rows that cannot be used, and count them, instead of refusing the file.
@@ -216,7 +217,7 @@ def flan(
     with replace(out) as temporary, open(temporary, "wb") as file:
         for place, samples in track(mixed, "writing", sum(counts), shown=progress):
             for sample in samples:
-                file.write(orjson.dumps(TARGETS[target](sample)) + b"\n")
+                file.write(orjson.dumps(_row(sample, target)) + b"\n")
                 report.count(report.parts[place], sample)
                 shown.offer(sample)
     report.samples = shown.kept
@@ -229,22 +230,6 @@ def _begin(found: Survey, pool: bytearray, count: int) -> PartReport:
 
 
 # ---- survey ------------------------------------------------------------------------------------------------------
-
-
-class Reservoir(Generic[T]):
-    """A uniform draw of `size` things from a stream of unknown length (Vitter's algorithm R), in `kept`."""
-
-    def __init__(self, size: int, rng: random.Random) -> None:
-        self.size, self.rng, self.seen = size, rng, 0
-        self.kept: list[T] = []
-
-    def offer(self, thing: T) -> None:
-        """Take one thing of the stream; it is kept with the chance that all have."""
-        self.seen += 1
-        if len(self.kept) < self.size:
-            self.kept.append(thing)
-        elif (place := self.rng.randrange(self.seen)) < self.size:
-            self.kept[place] = thing
 
 
 @dataclass

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lilliput import files
+from lilliput.data.forms import form_named
+from lilliput.data.reading import Reading
 from lilliput.errors import UsageError
 from lilliput.progress import warn
 from lilliput.synthesis.filters import Refusal, Rules, refuse_instruction
@@ -271,19 +273,21 @@ def grow(run: Run, seeds: SeedTasks, plan: Plan, one_round: Round, save: Callabl
 # ---- rows out ----------------------------------------------------------------------------------------------------
 
 
-def _as_messages(row: Mapping[str, Any]) -> dict[str, Any]:
-    """`input` stands beside the turns, as `lilliput data convert` keeps it apart too."""
-    given = {"input": row["input"]} if row["input"] else {}
-    question = "\n\n".join((row["instruction"], *given.values()))
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-    return {"messages": turns, **given, "provenance": row["provenance"]}
+FORMS = ("alpaca", "messages")
 
 
-FORMS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"alpaca": dict, "messages": _as_messages}
+def _in_form(row: Mapping[str, Any], form: str) -> Mapping[str, Any]:
+    """A row of instruction, input, output and provenance in one of FORMS."""
+    if form == "alpaca":
+        return row
+    (chat,) = form_named("alpaca").read(dict(row), Reading())
+    write = form_named(form).write
+    assert write is not None, "each of FORMS is written"
+    return {**write(chat), "provenance": row["provenance"]}
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], to: str = "alpaca") -> None:
     """Write rows of instruction, input, output and provenance as JSONL, beside and then renamed, in a form of FORMS."""
     with files.replace(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(FORMS[to](row), ensure_ascii=False) + "\n")
+            file.write(json.dumps(_in_form(row, to), ensure_ascii=False) + "\n")

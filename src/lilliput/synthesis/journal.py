@@ -38,6 +38,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+JOURNAL = "journal.jsonl"  # the file's name in a run's folder
 _SYNC_LINES, _SYNC_SECONDS = 64, 5.0  # what a power cut may cost at most
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what a disk without locks answers
 
@@ -98,7 +99,7 @@ def read_journal(path: str | Path) -> State:
         DataError: no such file; or it is broken elsewhere than in its last line.
     """
     path = Path(path)
-    path = path / "journal.jsonl" if path.is_dir() else path
+    path = path / JOURNAL if path.is_dir() else path
     state = State(path)
     try:
         for number, row, end in _lines(state):

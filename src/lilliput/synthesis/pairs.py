@@ -76,5 +76,5 @@ def pair_of(chat: Chat, provenance: Any = None) -> Pair:
     """The first question and answer of a chat; its system turn, its tools and what comes later are left out."""
     at = 1 if chat.turns[0].role == "system" else 0
     question, answer = chat.turns[at].content, chat.turns[at + 1].content
-    instruction = question.removesuffix(f"\n\n{chat.input}") if chat.input else question
-    return Pair(instruction, answer, chat.input, chat.origin, provenance if isinstance(provenance, dict) else {})
+    birth = provenance if isinstance(provenance, dict) else {}
+    return Pair(chat.without_input(question), answer, chat.input, chat.origin, birth)

@@ -30,7 +30,7 @@ import numpy as np
 from lilliput.files import write_json, write_text
 from lilliput.synthesis.diversity import Variety
 from lilliput.synthesis.filters import Rules
-from lilliput.synthesis.journal import State, read_journal
+from lilliput.synthesis.journal import JOURNAL, State, read_journal
 from lilliput.synthesis.pairs import RESULT, Pair, read_pairs
 from lilliput.synthesis.report_page import page
 from lilliput.synthesis.rouge import THRESHOLD, RougePool
@@ -89,7 +89,7 @@ def make_report(
     `journal` is null for rows that nobody generated; `nearest` has a part for each thing that rows are compared with.
     """
     source = Path(source)
-    journal = read_journal(source) if (source / "journal.jsonl").is_file() else None
+    journal = read_journal(source) if (source / JOURNAL).is_file() else None
     pairs, skipped = _rows_of(source, journal, skip_bad_rows)
     instructions = [pair.instruction for pair in pairs]
     return {

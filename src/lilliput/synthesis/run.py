@@ -26,7 +26,7 @@ from typing import Any
 from lilliput.errors import DataError, TeacherError
 from lilliput.progress import Advance, bar, say
 from lilliput.synthesis.cost import Price, Spent
-from lilliput.synthesis.journal import Journal, State, hash_of, json_bytes
+from lilliput.synthesis.journal import JOURNAL, Journal, State, hash_of, json_bytes
 from lilliput.synthesis.teacher import Reply, Request, Teacher
 
 _HALF = re.compile("[\ud800-\udfff]")  # half a character, where an answer was cut; no file can hold it
@@ -70,7 +70,7 @@ class Run:
         price: Price | None = None,
     ) -> None:
         self.out, self.teacher, self.price = Path(out), teacher, price or Price()
-        self._journal = Journal(self.out / "journal.jsonl", {"teacher": teacher.name, **settings}, self.price)
+        self._journal = Journal(self.out / JOURNAL, {"teacher": teacher.name, **settings}, self.price)
         self._spent = self.state.spent
         self._bar = _Bar(shown=progress)
         if progress and self.state.answers:

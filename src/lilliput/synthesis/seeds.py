@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+from lilliput.data.reading import type_of
 from lilliput.data.records import Record, read_records
 from lilliput.errors import DataError, nearest
 
@@ -86,7 +87,7 @@ def _task(record: Record) -> SeedTask:
 
 def _instances(value: Any, origin: str) -> tuple[Instance, ...]:
     if not isinstance(value, list) or not value:
-        what = "is empty" if value == [] else f"is {_kind(value)}, not a list of inputs and outputs"
+        what = "is empty" if value == [] else f"is {type_of(value)}, not a list of inputs and outputs"
         raise DataError(f"'instances' {what}", where=origin)
     return tuple(_instance(item, f"instances[{number}]", origin) for number, item in enumerate(value))
 
@@ -94,10 +95,10 @@ def _instances(value: Any, origin: str) -> tuple[Instance, ...]:
 def _instance(fields: Any, inside: str, origin: str) -> Instance:
     """`inside` is the path to `fields` within the row, "" for the row itself."""
     if not isinstance(fields, dict):
-        raise DataError(f"'{inside}' is {_kind(fields)}, not an object with input and output", where=origin)
+        raise DataError(f"'{inside}' is {type_of(fields)}, not an object with input and output", where=origin)
     given = fields.get("input")
     if given is not None and not isinstance(given, str):
-        raise DataError(f"'{_path(inside, 'input')}' is {_kind(given)}, not text", where=origin)
+        raise DataError(f"'{_path(inside, 'input')}' is {type_of(given)}, not text", where=origin)
     return Instance((given or "").strip(), _text(fields, "output", origin, inside))
 
 
@@ -106,7 +107,7 @@ def _text(fields: Mapping[str, Any], key: str, origin: str, inside: str = "") ->
         raise DataError(f"has no '{_path(inside, key)}'{_meant(fields, key)}", where=origin)
     value = fields[key]
     if not isinstance(value, str):
-        raise DataError(f"'{_path(inside, key)}' is {_kind(value)}, not text", where=origin)
+        raise DataError(f"'{_path(inside, key)}' is {type_of(value)}, not text", where=origin)
     if not value.strip():
         raise DataError(f"'{_path(inside, key)}' is empty", where=origin)
     return value.strip()
@@ -115,16 +116,12 @@ def _text(fields: Mapping[str, Any], key: str, origin: str, inside: str = "") ->
 def _classification(fields: Mapping[str, Any], origin: str) -> bool | None:
     value = fields.get("is_classification")
     if value is not None and not isinstance(value, bool):
-        raise DataError(f"'is_classification' is {_kind(value)}, not true or false", where=origin)
+        raise DataError(f"'is_classification' is {type_of(value)}, not true or false", where=origin)
     return value
 
 
 def _path(inside: str, key: str) -> str:
     return f"{inside}.{key}" if inside else key
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"of type {type(value).__name__}"
 
 
 def _meant(fields: Mapping[str, Any], key: str = "instances") -> str:
