@@ -30,8 +30,17 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptq-4-row": ("Lilliput, 4 bits, rows, asym", {"group": -1}),
     "published-4-sym": (
         "Lilliput, 4 bits, g128, sym, as published",
-        {"group": 128, "symmetric": True, "refine": 0, "search": False, "act_order": False, "static_groups": False},
+        {
+            "group": 128,
+            "symmetric": True,
+            "correct": 0.0,
+            "refine": 0,
+            "search": False,
+            "act_order": False,
+            "static_groups": False,
+        },
     ),
+    "no-correct-4": ("Lilliput, 4 bits, g64, asym, correct 0", {"correct": 0.0}),
     "no-refine-4": ("Lilliput, 4 bits, g128, asym, refine 0", {"group": 128, "refine": 0}),
     "gptq-3": ("Lilliput, 3 bits, g128, asym", {"bits": 3, "group": 128}),
     "gptq-2-g32": ("Lilliput, 2 bits, g32, asym", {"bits": 2, "group": 32}),

@@ -63,6 +63,8 @@ def test_a_stopped_run_says_how_to_go_on(
         (["--format", "gptq-g64"], "gptq-g64"),
         (["--format", "gptq", "--calibration", "x.txt", "--memory", 0], "--memory"),
         (["--format", "gptq", "--rounding", "nearest", "--group", -2], "group"),
+        (["--format", "gptq", "--calibration", "x.txt", "--correct", 2], "correct"),
+        (["--format", "nf4", "--correct", 0.5], "--correct belongs to --format gptq"),
     ],
 )
 def test_options_that_do_not_belong_together(

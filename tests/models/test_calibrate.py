@@ -117,20 +117,84 @@ def test_stages_give_what_one_pass_gives(dense: Path, tmp_path: Path) -> None:
 
 
 def test_stages_see_the_hessians_of_one_pass(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    solve, seen = calibrate.solve, list[Tensor]()
+    solve, seen = calibrate.solve, list[tuple[Tensor, Tensor]]()
 
     def note(weight: Tensor, inputs: Inputs, settings: Gptq) -> Any:
-        seen.append(inputs.dampened.clone())
+        seen.append((weight.clone(), inputs.dampened.clone()))
         return solve(weight, inputs, settings)
 
     monkeypatch.setattr(calibrate, "solve", note)
-    quantize(dense, tmp_path / "once", Gptq(bits=8, group=32))
+    quantize(dense, tmp_path / "once", Gptq(bits=8, group=32, correct=1.0))
     once, seen[:] = list(seen), []
-    quantize(dense, tmp_path / "staged", Gptq(bits=8, group=32), memory=TINY)
+    quantize(dense, tmp_path / "staged", Gptq(bits=8, group=32, correct=1.0), memory=TINY)
     assert len(once) == len(seen) == 21
-    for one, other in zip(once, seen, strict=True):
+    for (target, one), (other_target, other) in zip(once, seen, strict=True):
         assert (one - other).norm() < 0.01 * one.norm()
+        assert (target - other_target).norm() < 0.01 * target.norm()
     torch.testing.assert_close(once[0], seen[0], rtol=1e-4, atol=1e-5)  # nothing before it could differ
+
+
+@pytest.mark.parametrize("memory", [1.0, TINY])
+def test_layers_make_up_for_the_errors_of_those_before(memory: float, dense: Path, tmp_path: Path) -> None:
+    truth = logits(load_model(dense, progress=False))
+
+    def distance(correct: float) -> float:
+        out = tmp_path / str(correct)
+        quantize(dense, out, Gptq(bits=3, group=32, correct=correct), memory=memory)
+        return float((logits(load_model(out, progress=False)) - truth).norm())
+
+    assert distance(1.0) < 0.95 * distance(0.0)
+
+
+def test_only_layers_with_something_before_them_are_corrected(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve, seen = calibrate.solve, list[Tensor]()
+
+    def note(weight: Tensor, *others: Any) -> Any:
+        seen.append(weight.clone())
+        return solve(weight, *others)
+
+    monkeypatch.setattr(calibrate, "solve", note)
+    report = quantize(dense, tmp_path / "out", Gptq(bits=3, group=32))
+    original = load_model(dense, progress=False)
+    same = [
+        original.get_submodule(f"model.layers.{module.layer}.{module.module}").weight.equal(weight)
+        for module, weight in zip(report.modules, seen, strict=True)
+    ]
+    assert same == [True] * 3 + [False] * 18  # q, k and v of the first layer get what they always got
+
+
+@pytest.mark.parametrize("memory", [1.0, TINY])
+def test_inputs_of_some_tokens_only_are_not_compared(
+    memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert's rows are the tokens that chose it: as many in the original model may be others."""
+    dense = tmp_path / "dense"
+    make_tiny_llama(num_hidden_layers=2).save_pretrained(dense)
+    forward = LlamaMLP.forward
+
+    def of_some(self: LlamaMLP, x: Tensor) -> Tensor:
+        chosen = x[..., 0] > 0
+        out = torch.zeros_like(x)
+        out[chosen] = forward(self, x[chosen])
+        return out
+
+    monkeypatch.setattr(LlamaMLP, "forward", of_some)
+    solve, seen = calibrate.solve, list[Tensor]()
+
+    def note(weight: Tensor, *others: Any) -> Any:
+        seen.append(weight.clone())
+        return solve(weight, *others)
+
+    monkeypatch.setattr(calibrate, "solve", note)
+    report = quantize(dense, tmp_path / "out", memory=memory)
+    original = load_model(dense, progress=False)
+    for module, weight in zip(report.modules, seen, strict=True):
+        held = original.get_submodule(f"model.layers.{module.layer}.{module.module}").weight
+        assert held.equal(weight) == (
+            module.module.startswith("mlp.") or (module.layer == 0 and "o_" not in module.module)
+        )
 
 
 def test_it_is_better_than_rounding_to_nearest(dense: Path, tmp_path: Path) -> None:
@@ -144,11 +208,11 @@ def test_it_is_better_than_rounding_to_nearest(dense: Path, tmp_path: Path) -> N
     assert fitted < nearest
 
 
-@pytest.mark.parametrize("calls", [0, 1, 9, 20])
+@pytest.mark.parametrize(("calls", "memory"), [(0, 1.0), (1, 1.0), (9, 1.0), (20, 1.0), (16, TINY)])
 def test_a_stopped_run_goes_on_with_the_same_bytes(
-    calls: int, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calls: int, memory: float, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize(dense, tmp_path / "whole")
+    quantize(dense, tmp_path / "whole", memory=memory)
     left, solve = [calls], calibrate.solve
 
     def stopping(*arguments: Any) -> Any:
@@ -159,9 +223,9 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(calibrate, "solve", stopping)
-        quantize(dense, tmp_path / "parts")
+        quantize(dense, tmp_path / "parts", memory=memory)
     assert not (tmp_path / "parts" / "config.json").exists()
-    report = quantize(dense, tmp_path / "parts")
+    report = quantize(dense, tmp_path / "parts", memory=memory)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert len(report.modules) == 21

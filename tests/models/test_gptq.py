@@ -186,7 +186,7 @@ def test_hessian_does_not_depend_on_how_rows_arrive() -> None:
 def test_stripes_of_rows_are_the_whole(settings: Gptq, monkeypatch: pytest.MonkeyPatch) -> None:
     w, hessian = problem(50, 96)
     whole = solve(w, hessian, settings)
-    monkeypatch.setattr(gptq, "_STRIPE", 96 * 7)
+    monkeypatch.setattr(gptq, "STRIPE", 96 * 7)
     striped = solve(w, hessian, settings)
     assert striped.quantized.codes.equal(whole.quantized.codes)
     assert striped.quantized.scale.equal(whole.quantized.scale)
@@ -204,7 +204,7 @@ def test_many_columns_are_solved_in_float32(monkeypatch: pytest.MonkeyPatch) -> 
         return solve(w, hessian.take_mean(), Gptq(group=32))
 
     exact = by_us()
-    monkeypatch.setattr(gptq, "_EXACT", 64)
+    monkeypatch.setattr(gptq, "EXACT", 64)
     found = by_us()
     same = unpack_codes(found.quantized.codes, (64, 96), 4) == unpack_codes(exact.quantized.codes, (64, 96), 4)
     assert same.float().mean() > 0.99
@@ -234,7 +234,14 @@ def test_bad_input_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"bits": 5}, "5 bits"), ({"damp": 0.0}, "damp"), ({"block": 1000}, "block"), ({"refine": -1}, "refine")],
+    [
+        ({"bits": 5}, "5 bits"),
+        ({"damp": 0.0}, "damp"),
+        ({"correct": -0.1}, "correct"),
+        ({"correct": 1.5}, "correct"),
+        ({"block": 1000}, "block"),
+        ({"refine": -1}, "refine"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float], said: str) -> None:
     with pytest.raises(UsageError, match=said):

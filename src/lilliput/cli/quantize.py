@@ -72,6 +72,10 @@ def quantize(
     damp: Annotated[
         float | None, typer.Option(metavar="X", help="gptq: share of the Hessian's mean added to its diagonal (0.01).")
     ] = None,
+    correct: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="gptq: how far layers make up for the errors of those before: 0 to 1 (0.25)."),
+    ] = None,
     search: Annotated[
         bool | None, typer.Option("--search/--no-search", help="gptq: grids of least error, not of min and max (yes).")
     ] = None,
@@ -101,8 +105,8 @@ def quantize(
     """
     given = {
         "bits": bits, "group": group, "calibration": calibration, "samples": samples, "length": length,
-        "act_order": act_order, "static_groups": static_groups, "damp": damp, "search": search, "refine": refine,
-        "rounding": rounding, "dtype": dtype, "memory": memory,
+        "act_order": act_order, "static_groups": static_groups, "damp": damp, "correct": correct, "search": search,
+        "refine": refine, "rounding": rounding, "dtype": dtype, "memory": memory,
     }  # fmt: skip
     choose(number_format.partition("-")[0], (*FORMATS, GPTQ), "--format")
     options: dict[str, Any] = {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GPTQ = "gptq"
 UNFINISHED = ".gptq"  # models/calibrate.py has it too, and would cost the import of torch
-_SOLVER = ("bits", "group", "symmetric", "act_order", "static_groups", "damp", "search", "refine")
+_SOLVER = ("bits", "group", "symmetric", "act_order", "static_groups", "damp", "correct", "search", "refine")
 _TEXT = ("calibration", "samples", "length")
 _DTYPES = ("float16", "bfloat16", "float32")
 _ROUNDINGS = ("gptq", "nearest")

@@ -1,12 +1,15 @@
 """GPTQ through a whole model, a decoder layer after the other: what each gets from those before it, already quantized.
 
     for each layer:  fill it from the checkpoint, in float32
-                     run the calibration text through it; before a linear layer computes, quantize it for what it gets
-                     (so that the next one inside the layer sees its errors: "true sequential")
-                     write its codes, keep what comes out, empty it
+                     run through it what the original model's layers made of the text; note what linear layers get
+                     run through it what the quantized layers made of the text; before a linear layer computes, quantize
+                     it for what it gets and for what it would have got (so that the next one inside the layer sees
+                     its errors: "true sequential")
+                     write its codes, keep what comes out of both, empty it
 
 Only one layer is in memory in full precision. All of a text that fits `memory` goes through a layer at once, which then
-is computed once; a longer one goes in batches, and the layer once for each group of linear layers that share an input.
+is computed once each way; a longer one goes in batches, and the layer once for each group of linear layers that share
+an input.
 Hidden states lie in memory, or in a mapped file. A finished layer is a file: a run that was stopped goes on behind it,
 by running what is finished on the text again, and ends with the same bytes.
 Source: GPTQ, arXiv 2210.17323, section 4. Not here: a layer's codes (gptq.py), the file layout (gptq_files.py), what
@@ -19,7 +22,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +35,11 @@ from transformers.pytorch_utils import Conv1D
 from lilliput import memory as accounts
 from lilliput.errors import CheckpointError, DataError, FormatError, UsageError
 from lilliput.files import read_json, sha256_text, write_json, write_safetensors
-from lilliput.formats.grouped import GroupedTensor
 from lilliput.kernels import dequantize
 from lilliput.layers.identity import Stamp
 from lilliput.layers.replace import shape_of
 from lilliput.models.causal import context_length
+from lilliput.models.drift import Drift
 from lilliput.models.gptq import Gptq, Hessian, Inputs, factor, round_to_nearest, solve
 from lilliput.models.gptq_files import GPTQ_CONFIG, PARTS, convention_for, gptq_config, pack_gptq, unpack_gptq
 from lilliput.models.gptq_report import GptqReport, ModuleResult
@@ -281,21 +284,27 @@ def _mark(job: _Job, ids: Tensor | None) -> str:
 def _walk(job: _Job, state: _State, ids: Tensor, on_disk: bool | None, progress: bool) -> None:
     skeleton = job.skeleton
     with (
-        _hidden_states(job, state, ids, on_disk) as hidden,
+        _hidden_states(job, state, ids, on_disk, "hidden") as hidden,
+        _hidden_states(job, state, ids, on_disk, "original") if job.settings.correct > 0 else nullcontext() as original,
         torch.no_grad(),
         bar(_title(job), len(skeleton.weights), shown=progress) as advance,
     ):
         rows = _rows_at_once(job, ids)
         calls = _begin(skeleton, ids, hidden, rows)
+        if original is not None:
+            original.copy_(hidden)
         for index in range(len(skeleton)):
-            batches = [(some, calls[len(some)][index]) for some in hidden.split(rows)]
-            if index < state.layers:
-                _run_again(job, state, index, batches, advance)
-                continue
+            parts = hidden.split(rows)
+            others = [None] * len(parts) if original is None else original.split(rows)
+            pairs = zip(parts, others, strict=True)
+            batches = [_Batch(some, other, calls[len(some)][index]) for some, other in pairs]
             started = time.perf_counter()
             with skeleton.filled(index) as layer:
                 work = _Layer(job, index, layer, advance)
-                work.in_one_pass(*batches[0]) if len(batches) == 1 else work.in_stages(batches)
+                if index < state.layers:
+                    work.again(batches, stored_file(state.file(index)))
+                    continue
+                work.in_one_pass(batches[0]) if len(batches) == 1 else work.in_stages(batches)
                 state.add(work.tensors, work.results, time.perf_counter() - started)
 
 
@@ -309,17 +318,30 @@ def _rows_at_once(job: _Job, ids: Tensor) -> int:
     return max(1, min(len(ids), job.memory // (4 * ids.shape[1] * widest * _ROOM)))
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Some of the text on its way: what the next layer gets, float32 [rows, length, d], and how it is called.
+
+    original: what it would get in the original model; None where that is not asked.
+    """
+
+    hidden: Tensor
+    original: Tensor | None
+    call: Call
+
+
 @contextmanager
-def _hidden_states(job: _Job, state: _State, ids: Tensor, on_disk: bool | None) -> Iterator[Tensor]:
+def _hidden_states(job: _Job, state: _State, ids: Tensor, on_disk: bool | None, name: str) -> Iterator[Tensor]:
     """Room for float32 [segments, length, d]: memory, or a mapped file that is gone afterwards."""
     shape = (*ids.shape, job.skeleton.model.config.get_text_config().hidden_size)
     size = ids.numel() * shape[-1]
     if on_disk is None:
-        on_disk = 4 * size > (accounts.total() or math.inf) // 4
+        all_of_it = 4 * size * (2 if job.settings.correct > 0 else 1)
+        on_disk = all_of_it > (accounts.total() or math.inf) // 4
     if not on_disk:
         yield torch.empty(shape)
         return
-    path = state.folder / "hidden.bin"
+    path = state.folder / f"{name}.bin"
     try:
         yield torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
     finally:
@@ -337,28 +359,50 @@ def _begin(skeleton: Skeleton, ids: Tensor, hidden: Tensor, rows: int) -> dict[i
     return calls
 
 
-def _run_again(
-    job: _Job, state: _State, index: int, batches: list[tuple[Tensor, Call]], advance: Callable[..., None]
-) -> None:
-    """What comes out of a layer that is done already."""
-    stored = stored_file(state.file(index))
-    with job.skeleton.filled(index) as layer:
-        for name in job.skeleton.linears[index]:
-            q = _stored(stored, f"{job.skeleton.prefix(index)}{name}", job.settings)
-            _put(layer.get_submodule(name), dequantize(q))
-            advance(note=f"layer {index}: done before")
-        _run_through(layer, batches)
+def _comparable(x: Tensor, batch: _Batch) -> bool:
+    """Whether an input has a row for each token: an expert's has one for each that chose it, in the original model
+    perhaps others."""
+    return x.shape[:-1] == batch.hidden.shape[:-1]
 
 
-def _run_through(layer: nn.Module, batches: list[tuple[Tensor, Call]]) -> None:
-    """Put what comes out of a layer in place of what went in."""
-    for some, call in batches:
-        some.copy_(run_layer(layer, some, call))
+class _Sums:
+    """What is summed up over the text for linear layers that share an input."""
+
+    def __init__(self, columns: int) -> None:
+        self.hessian = Hessian(columns)
+        self.drift: Drift | None = None
+        self.names: list[str] = []
+
+    def add(self, x: Tensor) -> None:
+        self.hessian.add(x)
+
+    def add_original(self, before: Tensor, x: Tensor, names: list[str], weights: list[Tensor]) -> None:
+        """`before`: what the original model has instead of x; of these linear layers, with their weights still."""
+        if self.drift is None:
+            self.drift, self.names = Drift(weights), names
+        self.drift.add(before, x)
+
+    def factored(self, settings: Gptq) -> _Factored:
+        """What becomes of the sums; there are none left."""
+        return _Factored(factor(self.hessian.take_mean(), settings), self.drift, self.names, settings.correct)
 
 
-def _stored(stored: dict[str, StoredTensor], name: str, settings: Gptq) -> GroupedTensor:
-    tensors = {part: stored[f"{name}.{part}"].load() for part in PARTS}
-    return unpack_gptq(tensors, settings.bits, settings.group, convention_for(settings.symmetric))
+class _Factored:
+    """What is known of an input when all of the text is summed up; `names` share it in the original model."""
+
+    def __init__(self, inputs: Inputs, drift: Drift | None, names: list[str], share: float) -> None:
+        self.inputs, self.drift, self.names, self.share = inputs, drift, names, share
+        self._waiting = set(names)
+
+    def target(self, name: str, weight: Tensor) -> Tensor:
+        """What is quantized in place of the weight of that linear layer. Sums that nobody waits for any more go."""
+        if self.drift is None or name not in self._waiting:
+            return weight
+        found = self.drift.target(weight, self.names.index(name), self.inputs, self.share)
+        self._waiting.remove(name)
+        if not self._waiting:
+            self.drift = None
+        return found
 
 
 class _Layer:
@@ -371,50 +415,122 @@ class _Layer:
         self.tensors = dict(_dense(job, self.prefix))
         self.results: list[ModuleResult] = []
 
-    def in_one_pass(self, hidden: Tensor, call: Call) -> None:
+    def again(self, batches: list[_Batch], stored: dict[str, StoredTensor]) -> None:
+        """Run the text through a layer that is done already; `stored` are its codes."""
+        self._run_originals(batches)
+        for name, linear in self.linears.items():
+            _own(linear).copy_(self._values({part: stored[f"{self.prefix}{name}.{part}"].load() for part in PARTS}))
+            self.advance(note=f"layer {self.index}: done before")
+        self._run(batches)
+
+    def in_one_pass(self, batch: _Batch) -> None:
         """All of the text at once: each linear layer is quantized when its inputs arrive, and then computes."""
+        before, original = self._original_inputs(batch)
         known: list[Any] = [None, None]  # an input, and what is made of it: layers that share one share the other
 
         def quantize_first(name: str, x: Tensor) -> None:
             if known[0] is not x:
                 known[:] = None, None  # two matrices as large as H go before the next two come
                 with self._named(name):
-                    hessian = Hessian(x.shape[-1])
-                    hessian.add(x)
-                    known[:] = x, factor(hessian.take_mean(), self.job.settings)
+                    sums = _Sums(x.shape[-1])
+                    sums.add(x)
+                    if name in before and _comparable(x, batch):
+                        names = [other for other in before if before[other] is before[name]]
+                        sums.add_original(before[name], x, names, self._weights(names))
+                        for other in names:
+                            del before[other]
+                    known[:] = x, sums.factored(self.job.settings)
             self.quantize(name, known[1])
 
         with self._watching(quantize_first):
-            hidden.copy_(run_layer(self.layer, hidden, call))
+            batch.hidden.copy_(run_layer(self.layer, batch.hidden, batch.call))
+        if batch.original is not None:
+            batch.original.copy_(original)
         self._round_the_rest()
 
-    def in_stages(self, batches: list[tuple[Tensor, Call]]) -> None:
+    def in_stages(self, batches: list[_Batch]) -> None:
         """Batch after batch, as often as there are groups of linear layers with an input of their own."""
         for stage in self._stages(batches):
-            hessian: list[Hessian] = []
-
-            def add(name: str, x: Tensor, first: str = stage[0], sums: list[Hessian] = hessian) -> None:
-                if name != first:
-                    return
-                if not sums:
-                    sums.append(Hessian(x.shape[-1]))
-                with self._named(name):
-                    sums[0].add(x)
-                raise _Reached
-
-            with self._watching(add):
-                for some, call in batches:
-                    with suppress(_Reached):
-                        run_layer(self.layer, some, call)
+            sums: _Sums | None = None
+            for batch in batches:
+                x = self._reach(stage[0], batch.hidden, batch.call)
+                if x is None:
+                    continue
+                sums = sums or _Sums(x.shape[-1])
+                with self._named(stage[0]):
+                    sums.add(x)
+                if batch.original is not None:
+                    with self._as_it_was():
+                        before = self._reach(stage[0], batch.original, batch.call)
+                    if before is not None and _comparable(before, batch) and _comparable(x, batch):
+                        sums.add_original(before, x, stage, self._weights(stage))
+            assert sums is not None, "a stage is what some batch has reached"
             with self._named(stage[0]):
-                inputs = factor(hessian.pop().take_mean(), self.job.settings)
+                inputs = sums.factored(self.job.settings)
             for name in stage:
                 self.quantize(name, inputs)
-            del inputs  # two matrices as large as H
+            del sums, inputs  # matrices as large as H
         self._round_the_rest()
-        _run_through(self.layer, batches)
+        self._run(batches)
+        self._run_originals(batches)
 
-    def _stages(self, batches: list[tuple[Tensor, Call]]) -> list[list[str]]:
+    def _original_inputs(self, batch: _Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """What linear layers get in the original model, by name, and what comes out; before any is quantized."""
+        if batch.original is None:
+            return {}, batch.hidden
+        found: dict[str, Tensor] = {}
+        with self._watching(found.setdefault):
+            out = run_layer(self.layer, batch.original, batch.call)
+        return {name: x for name, x in found.items() if _comparable(x, batch)}, out
+
+    def _reach(self, name: str, hidden: Tensor, call: Call) -> Tensor | None:
+        """What the linear layer `name` gets; None where it is not called."""
+        found: list[Tensor] = []
+
+        def see(some: str, x: Tensor) -> None:
+            if some == name:
+                found.append(x)
+                raise _Reached
+
+        with self._watching(see), suppress(_Reached):
+            run_layer(self.layer, hidden, call)
+        return found[0] if found else None
+
+    def _run(self, batches: list[_Batch]) -> None:
+        """Put what comes out of the layer in place of what went in."""
+        for batch in batches:
+            batch.hidden.copy_(run_layer(self.layer, batch.hidden, batch.call))
+
+    def _run_originals(self, batches: list[_Batch]) -> None:
+        """The same in the original model."""
+        with self._as_it_was():
+            for batch in batches:
+                if batch.original is not None:
+                    batch.original.copy_(run_layer(self.layer, batch.original, batch.call))
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """The layer with the checkpoint's weights; in the end those that are quantized have their codes' again."""
+        done = [result.module for result in self.results]
+        for name in done:
+            held: Any = self.linears[name].weight
+            held.copy_(self.job.skeleton.tensors[f"{self.prefix}{name}.weight"].load())
+        try:
+            yield
+        finally:
+            for name in done:
+                parts = {part: self.tensors[f"{self.prefix}{name}.{part}"] for part in PARTS}
+                _own(self.linears[name]).copy_(self._values(parts))
+
+    def _values(self, parts: dict[str, Tensor]) -> Tensor:
+        """What stored codes stand for, float32 [out, in]."""
+        settings = self.job.settings
+        return dequantize(unpack_gptq(parts, settings.bits, settings.group, convention_for(settings.symmetric)))
+
+    def _weights(self, names: list[str]) -> list[Tensor]:
+        return [_own(self.linears[name]) for name in names]
+
+    def _stages(self, batches: list[_Batch]) -> list[list[str]]:
         """Names of the linear layers in the order of their computation; those with the same input together.
 
         The first batch reaches nearly all; the others are asked for what is left (experts that few tokens choose).
@@ -433,20 +549,23 @@ class _Layer:
                 stages.append([name])
                 inputs.append(x)
 
-        for some, call in batches:
+        for batch in batches:
             with self._watching(note):
-                run_layer(self.layer, some, call)
+                run_layer(self.layer, batch.hidden, batch.call)
             inputs.clear()
             if len(seen) == len(self.linears):
                 break
         return stages
 
     @contextmanager
-    def _watching(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def _watching(self, see: Callable[[str, Tensor], object]) -> Iterator[None]:
         """Call `see` with the name and the input of each linear layer before it computes."""
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda module, args: see(name, args[0])
+            def called(module: nn.Module, args: tuple[Any, ...]) -> None:
+                see(name, args[0])
+
+            return called
 
         handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in self.linears.items()]
         try:
@@ -471,19 +590,18 @@ class _Layer:
         except FormatError as error:
             raise FormatError(error.what, where=f"{self.prefix}{name}", todo=error.todo) from error
 
-    def quantize(self, name: str, inputs: Inputs | None) -> None:
+    def quantize(self, name: str, inputs: _Factored | None) -> None:
         """Codes for a linear layer; it computes with what they stand for from now on. A second time changes nothing."""
         if any(result.module == name for result in self.results):
             return
         started, linear, settings = time.perf_counter(), self.linears[name], self.job.settings
-        held: Any = linear.weight
-        weight = held.t() if isinstance(linear, Conv1D) else held
+        weight = _own(linear)
         error, damp, dead = None, None, 0
         with self._named(name):
             if inputs is None:
                 q = round_to_nearest(weight, settings)
             else:
-                found = solve(weight, inputs, settings)
+                found = solve(inputs.target(name, weight), inputs.inputs, settings)
                 q, error, damp, dead = found.quantized, found.error, found.damp, found.dead
             packed = pack_gptq(q, convention_for(settings.symmetric))
         self.tensors |= {f"{self.prefix}{name}.{part}": tensor for part, tensor in packed.items()}
@@ -497,12 +615,16 @@ class _Layer:
         self.advance(note=f"layer {self.index} {name}" + ("" if error is None else f": error {error:.2e}"))
 
 
+def _own(linear: nn.Module) -> Tensor:
+    """A layer's weight as [out, in]."""
+    held: Any = linear.weight
+    return held.t() if isinstance(linear, Conv1D) else held
+
+
 def _put(linear: nn.Module, weight: Tensor) -> float:
     """Let the layer compute with `weight` [out, in]; returns the relative distance from what it had."""
-    held: Any = linear.weight
-    own = weight.t() if isinstance(linear, Conv1D) else weight
     moved, norm = 0.0, 0.0
-    for old, new in zip(held.split(_STRIPE), own.split(_STRIPE), strict=True):
+    for old, new in zip(_own(linear).split(_STRIPE), weight.split(_STRIPE), strict=True):
         moved, norm = moved + float((old - new).square().sum()), norm + float(old.square().sum())
         old.copy_(new)
     return (moved / max(norm, 1e-60)) ** 0.5
@@ -561,7 +683,12 @@ def _finish(job: _Job, state: _State, tokenizer: PreTrainedTokenizerBase | None,
         static_groups=settings.static_groups,
         damp_percent=settings.damp,
         weights_sha256=job.checkpoint.hash_weights(),
-        meta={"rounding": job.rounding, "search": settings.search, "refine": settings.refine},
+        meta={
+            "rounding": job.rounding,
+            "correct": settings.correct,
+            "search": settings.search,
+            "refine": settings.refine,
+        },
     )
     save_tensors(
         skeleton.model,

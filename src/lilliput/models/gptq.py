@@ -11,7 +11,7 @@ the order of columns by their inputs' size (`act_order`), groups whose grids are
 (`static_groups`). Three things are ours: grids are searched for the least error, weighed by the inputs; and when the
 last column is done, scales and codes are improved in turn for the same error: scales by least squares
 (`refit_scales`), codes by coordinate descent (`kernels.gptq.gptq_descend`). On SmolLM2 that takes a tenth of the error
-away. The algorithm as published is `Gptq(search=False, refine=0)`.
+away. The algorithm as published is `Gptq(correct=0, search=False, refine=0)`; what `correct` does is in drift.py.
 Memory: wide inputs have a Hessian larger than the layer itself, so there are two matrices of that size and no third:
 H, whose diagonal is raised where it lies, and U, which is factored and inverted where it lies; weights go through in
 stripes of rows. Not here: where inputs come from (calibrate.py), files (gptq_files.py), factoring (triangular.py).
@@ -41,9 +41,9 @@ from lilliput.kernels.gptq import LARGEST_BLOCK, gptq_block, gptq_descend, searc
 from lilliput.models.triangular import inverse_factor
 
 BITS = (2, 3, 4, 8)
-_ROWS_AT_ONCE = 4096  # of inputs, whose products are summed in float32 before they are added in float64
-_EXACT = 4096  # columns up to which H is held and factored in float64; beyond, H alone would be larger than the layer
-_STRIPE = 1 << 21  # numbers of a weight that are quantized at once: 8 MB each of some twenty tensors
+ROWS_AT_ONCE = 4096  # of inputs, whose products are summed in float32 before they are added in float64
+EXACT = 4096  # columns up to which H is held and factored in float64; beyond, H alone would be larger than the layer
+STRIPE = 1 << 21  # numbers of a weight that are quantized at once: 8 MB each of some twenty tensors
 _DAMP_STEPS = 8  # dampening grows tenfold each time that Cholesky fails
 _SWEEPS = 4  # of coordinate descent in a round; it mostly ends sooner
 _RIDGE = 1e-6  # of a scale's mean weight in its least squares, for groups whose codes are all zero
@@ -62,6 +62,8 @@ class Gptq:
         static_groups: set all grids before the first column, so that groups are of neighbours whatever the order.
             Without it and with `act_order`, readers must gather columns at run time.
         damp: share of H's mean diagonal that is added to the diagonal.
+        correct: how far a layer makes up for the errors of those before it, from 0 (it is asked for what its weights
+            give for its inputs as they are now) to 1 (for what it gave in the original model); see drift.py.
         search: the grid of least error, not the one of the least and the greatest number.
         refine: rounds of refitted scales and descent behind the published algorithm.
         block: columns between two updates of all the others.
@@ -76,6 +78,7 @@ class Gptq:
     act_order: bool = True
     static_groups: bool = True
     damp: float = 0.01
+    correct: float = 0.25
     search: bool = True
     refine: int = 2
     block: int = 128
@@ -86,6 +89,8 @@ class Gptq:
         _ = self.format
         if not 0 < self.damp < 1:
             raise UsageError(f"damp={self.damp} is not between 0 and 1", todo="0.01 is usual.")
+        if not 0 <= self.correct <= 1:
+            raise UsageError(f"correct={self.correct} is not from 0 to 1", todo="0.25 is usual, 0 corrects nothing.")
         if not 1 <= self.block <= LARGEST_BLOCK or self.refine < 0:
             raise UsageError(f"block={self.block} and refine={self.refine}: 1 to {LARGEST_BLOCK}, and 0 or more")
 
@@ -109,7 +114,7 @@ class Hessian:
     """
 
     def __init__(self, columns: int) -> None:
-        self.sums = torch.zeros(columns, columns, dtype=torch.float64 if columns <= _EXACT else torch.float32)
+        self.sums = torch.zeros(columns, columns, dtype=torch.float64 if columns <= EXACT else torch.float32)
         self.rows = 0
 
     def add(self, x: Tensor) -> None:
@@ -118,7 +123,7 @@ class Hessian:
         Raises FormatError for NaN or Inf.
         """
         matrix = x.detach().reshape(-1, len(self.sums))
-        for some in matrix.split(_ROWS_AT_ONCE):
+        for some in matrix.split(ROWS_AT_ONCE):
             part = some.float()
             if self.sums.dtype == torch.float32:
                 self.sums.addmm_(part.T, part)
@@ -194,7 +199,7 @@ def solve(weight: Tensor, hessian: Tensor | Inputs, settings: Gptq) -> Solution:
         raise FormatError("the weight has NaN or Inf")
     inputs = hessian if isinstance(hessian, Inputs) else factor(hessian.clone(), settings)
     problem = _Problem.of(inputs, settings)
-    rows = max(1, _STRIPE // max(weight.shape[1], 1))
+    rows = max(1, STRIPE // max(weight.shape[1], 1))
     stripes = [problem.solve(some.detach().float()) for some in weight.split(rows)]
     codes, scale, zero = (torch.cat(parts) for parts in zip(*(found for found, _, _ in stripes), strict=True))
     lost, all_of_it = sum(error for _, error, _ in stripes), sum(error for _, _, error in stripes)
