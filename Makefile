@@ -34,8 +34,10 @@ $(VENV)/.test: $(VENV)/.installed
 demo: setup
 	$(BIN)/lilliput demo -o runs/demo
 
+# Most of a test is Python on one core, so that two files go at once; passive: threads that wait for each other leave the
+# cores to the others.
 test: setup $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -23,15 +23,14 @@ from peers import MODEL, SHARED_DATA
 
 GPTQMODEL = "GPTQModel, 4 bits, g128, sym"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gptq-4": ("Lilliput, 4 bits, g64, asym (default)", {}),
-    "gptq-4-g128": ("Lilliput, 4 bits, g128, asym", {"group": 128}),
-    "gptq-4-sym": ("Lilliput, 4 bits, g128, sym", {"group": 128, "symmetric": True}),
+    "gptq-4": ("Lilliput, 4 bits, g128, asym (default)", {}),
+    "gptq-4-sym": ("Lilliput, 4 bits, g128, sym", {"symmetric": True}),
+    "gptq-4-g64": ("Lilliput, 4 bits, g64, asym", {"group": 64}),
     "gptq-4-g32": ("Lilliput, 4 bits, g32, asym", {"group": 32}),
     "gptq-4-row": ("Lilliput, 4 bits, rows, asym", {"group": -1}),
     "published-4-sym": (
         "Lilliput, 4 bits, g128, sym, as published",
         {
-            "group": 128,
             "symmetric": True,
             "correct": 0.0,
             "refine": 0,
@@ -40,17 +39,17 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
             "static_groups": False,
         },
     ),
-    "no-correct-4": ("Lilliput, 4 bits, g64, asym, correct 0", {"correct": 0.0}),
-    "no-refine-4": ("Lilliput, 4 bits, g128, asym, refine 0", {"group": 128, "refine": 0}),
-    "gptq-3": ("Lilliput, 3 bits, g128, asym", {"bits": 3, "group": 128}),
+    "no-correct-4": ("Lilliput, 4 bits, g128, asym, correct 0", {"correct": 0.0}),
+    "no-refine-4": ("Lilliput, 4 bits, g128, asym, refine 0", {"refine": 0}),
+    "gptq-3": ("Lilliput, 3 bits, g128, asym", {"bits": 3}),
     "gptq-2-g32": ("Lilliput, 2 bits, g32, asym", {"bits": 2, "group": 32}),
-    "gptq-8": ("Lilliput, 8 bits, g128, asym", {"bits": 8, "group": 128}),
-    "nearest-4": ("to nearest, 4 bits, g128, asym", {"group": 128, "rounding": "nearest", "search": False}),
+    "gptq-8": ("Lilliput, 8 bits, g128, asym", {"bits": 8}),
+    "nearest-4": ("to nearest, 4 bits, g128, asym", {"rounding": "nearest", "search": False}),
     "nearest-4-sym": (
         "to nearest, 4 bits, g128, sym",
-        {"group": 128, "rounding": "nearest", "search": False, "symmetric": True},
+        {"rounding": "nearest", "search": False, "symmetric": True},
     ),
-    "nearest-3": ("to nearest, 3 bits, g128, asym", {"group": 128, "rounding": "nearest", "search": False, "bits": 3}),
+    "nearest-3": ("to nearest, 3 bits, g128, asym", {"rounding": "nearest", "search": False, "bits": 3}),
 }
 
 

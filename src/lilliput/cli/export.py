@@ -50,7 +50,7 @@ def export(
     ] = None,
     bits: Annotated[int | None, typer.Option(metavar="N", help="gptq: bits a weight, 4 (default), 3, 2 or 8.")] = None,
     group: Annotated[
-        int | None, typer.Option(metavar="N", help="gptq: weights that share a scale (64); -1: a whole row.")
+        int | None, typer.Option(metavar="N", help="gptq: weights that share a scale (128); -1: a whole row.")
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="gptq: text, or rows, like those that the model will read.")

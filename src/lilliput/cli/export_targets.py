@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CERTIFICATE = "certificate.json"
 TYPES = {"q8_0": 8.5, "q4_1": 5.0, "q4_0": 4.5, "f16": 16.0, "f32": 32.0}  # of GGUF: bits a weight
 DTYPES = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
-_GPTQ = {"bits": 4, "group": 64, "calibration": None, "samples": None, "length": None}
+_GPTQ = {"bits": 4, "group": 128, "calibration": None, "samples": None, "length": None}
 _KNOWN = {"type": (*TYPES,), "dtype": (*DTYPES,)}
 
 

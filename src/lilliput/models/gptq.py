@@ -73,7 +73,7 @@ class Gptq:
     """
 
     bits: int = 4
-    group: int = 64
+    group: int = 128
     symmetric: bool = False
     act_order: bool = True
     static_groups: bool = True
