@@ -64,6 +64,8 @@ def test_a_stopped_run_says_how_to_go_on(
         (["--format", "gptq", "--calibration", "x.txt", "--memory", 0], "--memory"),
         (["--format", "gptq", "--rounding", "nearest", "--group", -2], "group"),
         (["--format", "gptq", "--calibration", "x.txt", "--correct", 2], "correct"),
+        (["--format", "gptq", "--rounding", "nearest", "--correct", 0.5], "--correct is of no use"),
+        (["--format", "gptq", "--rounding", "nearest", "--no-act-order"], "--act-order is of no use"),
         (["--format", "nf4", "--correct", 0.5], "--correct belongs to --format gptq"),
     ],
 )

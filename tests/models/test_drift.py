@@ -43,24 +43,38 @@ def test_it_is_the_weight_of_least_squares(rows: list[int], settings: Gptq) -> N
     for before, now in zip(original.split(100), x.split(100), strict=True):
         drift.add(before, now)
     for place, w in enumerate(weights):
-        found, expected = drift.target(w, place, inputs), least_squares(w, original, x, inputs)
+        found, expected = drift.target(w, place, inputs, len(x)), least_squares(w, original, x, inputs)
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
-        half = drift.target(w, place, inputs, 0.5)
+        half = drift.target(w, place, inputs, len(x), 0.5)
         torch.testing.assert_close(half, (w + found) / 2, rtol=1e-4, atol=1e-4)
-        assert drift.target(w, place, inputs, 0.0).equal(w)
+        assert drift.target(w, place, inputs, len(x), 0.0).equal(w)
         asked = original @ w.T
         assert (asked - x @ found.T).norm() < (asked - x @ half.T).norm() < (asked - x @ w.T).norm()
 
 
-def test_any_shape_and_many_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [[8], [5, 9], [20, 30]])
+def test_any_shape_and_many_rows_at_once(rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     original, x = texts(32, 600)
-    w = torch.randn(8, 32, generator=torch.Generator().manual_seed(2))
-    inputs, whole, shaped = factored(x, Gptq(group=32)), Drift([w]), Drift([w])
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(count, 32, generator=generator) for count in rows]
+    inputs, whole, shaped = factored(x, Gptq(group=32)), Drift(weights), Drift(weights)
     whole.add(original, x)
+    expected = [whole.target(w, place, inputs, 600) for place, w in enumerate(weights)]
     monkeypatch.setattr(module, "ROWS_AT_ONCE", 70)
-    monkeypatch.setattr(module, "STRIPE", 96)
+    monkeypatch.setattr(module, "STRIPE", 96)  # three rows
     shaped.add(original.view(4, 150, 32), x.view(4, 150, 32))
-    torch.testing.assert_close(shaped.target(w, 0, inputs), whole.target(w, 0, inputs), rtol=1e-4, atol=1e-5)
+    for place, w in enumerate(weights):
+        torch.testing.assert_close(shaped.target(w, place, inputs, 600), expected[place], rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_that_were_not_added_count_as_unmoved() -> None:
+    original, x = texts(32, 600)
+    original[400:] = x[400:]
+    w = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
+    inputs, some, every = factored(x, Gptq(group=32)), Drift([w]), Drift([w])
+    some.add(original[:400], x[:400])
+    every.add(original, x)
+    torch.testing.assert_close(some.target(w, 0, inputs, 600), every.target(w, 0, inputs, 600), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [24, 96])
@@ -71,7 +85,7 @@ def test_many_columns_are_summed_in_float32(rows: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "EXACT", 32)
     drift = Drift([w])
     drift.add(original, x)
-    found = drift.target(w, 0, inputs)
+    found = drift.target(w, 0, inputs, len(x))
     torch.testing.assert_close(found.double(), least_squares(w, original, x, inputs), rtol=1e-3, atol=1e-3)
 
 
@@ -80,7 +94,7 @@ def test_inputs_that_did_not_move_change_nothing() -> None:
     w = torch.randn(96, 64, generator=torch.Generator().manual_seed(4))
     drift = Drift([w])
     drift.add(x, x.clone())
-    assert drift.target(w, 0, factored(x, Gptq(group=32))).equal(w)
+    assert drift.target(w, 0, factored(x, Gptq(group=32)), len(x)).equal(w)
 
 
 def test_a_column_without_inputs_stays() -> None:
@@ -89,7 +103,7 @@ def test_a_column_without_inputs_stays() -> None:
     w = torch.randn(96, 64, generator=torch.Generator().manual_seed(5))
     drift = Drift([w])
     drift.add(original, x)
-    found = drift.target(w, 0, factored(x, Gptq(group=32)))
+    found = drift.target(w, 0, factored(x, Gptq(group=32)), len(x))
     torch.testing.assert_close(found[:, 7], w[:, 7])
     assert found.isfinite().all()
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 GPTQ = "gptq"
 UNFINISHED = ".gptq"  # models/calibrate.py has it too, and would cost the import of torch
 _SOLVER = ("bits", "group", "symmetric", "act_order", "static_groups", "damp", "correct", "search", "refine")
-_TEXT = ("calibration", "samples", "length")
+_FOR_TEXT = ("calibration", "samples", "length", "act_order", "static_groups", "damp", "correct", "refine", "memory")
 _DTYPES = ("float16", "bfloat16", "float32")
 _ROUNDINGS = ("gptq", "nearest")
 _SAMPLES, _LENGTH = 128, 2048  # arXiv 2210.17323, section 4
@@ -65,9 +65,9 @@ def _check_text(rounding: str, given: dict[str, Any]) -> None:
             where="--calibration",
             todo="Give a text or a file of rows: --calibration FILE; or --rounding nearest, which needs none.",
         )
-    for name in _TEXT:
+    for name in _FOR_TEXT:
         if rounding == "nearest" and given[name] is not None:
-            raise UsageError(f"--{name} is of no use to --rounding nearest", todo="Leave it out.")
+            raise UsageError(f"--{name.replace('_', '-')} is of no use to --rounding nearest", todo="Leave it out.")
     if given["memory"] is not None and given["memory"] <= 0:
         raise UsageError(f"{given['memory']} is not a number above 0", where="--memory")
 

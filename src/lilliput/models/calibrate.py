@@ -55,6 +55,7 @@ _STATE = "state.json"
 _FEW = 4  # tokens for each column of the widest layer below which a warning is given
 _STRIPE = 512  # rows of a weight that are compared at once
 _ROOM = 6  # tensors as wide as a layer's widest that are alive at once while a layer runs, about
+_ROOM_BESIDE = 2  # more of them where the original model's inputs are kept meanwhile
 
 
 class _Reached(Exception):
@@ -313,9 +314,10 @@ def _title(job: _Job) -> str:
 
 
 def _rows_at_once(job: _Job, ids: Tensor) -> int:
-    """Segments that can run through a layer at once: what is alive in it is about six times its widest tensor."""
+    """Segments that can run through a layer at once: what is alive in it is some times its widest tensor."""
     widest = max(max(shape) for shape in _shapes(job.skeleton))
-    return max(1, min(len(ids), job.memory // (4 * ids.shape[1] * widest * _ROOM)))
+    room = _ROOM + (_ROOM_BESIDE if job.settings.correct > 0 else 0)
+    return max(1, min(len(ids), job.memory // (4 * ids.shape[1] * widest * room)))
 
 
 @dataclass(frozen=True)
@@ -359,10 +361,13 @@ def _begin(skeleton: Skeleton, ids: Tensor, hidden: Tensor, rows: int) -> dict[i
     return calls
 
 
-def _comparable(x: Tensor, batch: _Batch) -> bool:
-    """Whether an input has a row for each token: an expert's has one for each that chose it, in the original model
-    perhaps others."""
-    return x.shape[:-1] == batch.hidden.shape[:-1]
+def _comparable(name: str, x: Tensor, batch: _Batch) -> bool:
+    """Whether a linear layer's input has a row for each token, one after the other.
+
+    An expert's has one for each token that chose it: in the original model perhaps others, or in another order.
+    """
+    flat = x.dim() == 2 and len(x) == batch.hidden.shape[:-1].numel() and "experts" not in name.split(".")
+    return flat or x.shape[:-1] == batch.hidden.shape[:-1]
 
 
 class _Sums:
@@ -377,28 +382,30 @@ class _Sums:
         self.hessian.add(x)
 
     def add_original(self, before: Tensor, x: Tensor, names: list[str], weights: list[Tensor]) -> None:
-        """`before`: what the original model has instead of x; of these linear layers, with their weights still."""
+        """`before`: what the original model has instead of x, which linear layers of these names get; their `weights`
+        are not quantized yet."""
         if self.drift is None:
             self.drift, self.names = Drift(weights), names
         self.drift.add(before, x)
 
     def factored(self, settings: Gptq) -> _Factored:
         """What becomes of the sums; there are none left."""
-        return _Factored(factor(self.hessian.take_mean(), settings), self.drift, self.names, settings.correct)
+        rows = self.hessian.rows
+        return _Factored(factor(self.hessian.take_mean(), settings), rows, self.drift, self.names, settings.correct)
 
 
 class _Factored:
     """What is known of an input when all of the text is summed up; `names` share it in the original model."""
 
-    def __init__(self, inputs: Inputs, drift: Drift | None, names: list[str], share: float) -> None:
-        self.inputs, self.drift, self.names, self.share = inputs, drift, names, share
+    def __init__(self, inputs: Inputs, rows: int, drift: Drift | None, names: list[str], share: float) -> None:
+        self.inputs, self.rows, self.drift, self.names, self.share = inputs, rows, drift, names, share
         self._waiting = set(names)
 
     def target(self, name: str, weight: Tensor) -> Tensor:
         """What is quantized in place of the weight of that linear layer. Sums that nobody waits for any more go."""
         if self.drift is None or name not in self._waiting:
             return weight
-        found = self.drift.target(weight, self.names.index(name), self.inputs, self.share)
+        found = self.drift.target(weight, self.names.index(name), self.inputs, self.rows, self.share)
         self._waiting.remove(name)
         if not self._waiting:
             self.drift = None
@@ -434,13 +441,12 @@ class _Layer:
                 with self._named(name):
                     sums = _Sums(x.shape[-1])
                     sums.add(x)
-                    if name in before and _comparable(x, batch):
+                    if name in before and _comparable(name, x, batch):
                         names = [other for other in before if before[other] is before[name]]
                         sums.add_original(before[name], x, names, self._weights(names))
-                        for other in names:
-                            del before[other]
                     known[:] = x, sums.factored(self.job.settings)
             self.quantize(name, known[1])
+            before.pop(name, None)  # one that shares an input may come after others that do not (parallel attention)
 
         with self._watching(quantize_first):
             batch.hidden.copy_(run_layer(self.layer, batch.hidden, batch.call))
@@ -462,7 +468,7 @@ class _Layer:
                 if batch.original is not None:
                     with self._as_it_was():
                         before = self._reach(stage[0], batch.original, batch.call)
-                    if before is not None and _comparable(before, batch) and _comparable(x, batch):
+                    if before is not None and all(_comparable(stage[0], each, batch) for each in (before, x)):
                         sums.add_original(before, x, stage, self._weights(stage))
             assert sums is not None, "a stage is what some batch has reached"
             with self._named(stage[0]):
@@ -481,7 +487,7 @@ class _Layer:
         found: dict[str, Tensor] = {}
         with self._watching(found.setdefault):
             out = run_layer(self.layer, batch.original, batch.call)
-        return {name: x for name, x in found.items() if _comparable(x, batch)}, out
+        return {name: x for name, x in found.items() if _comparable(name, x, batch)}, out
 
     def _reach(self, name: str, hidden: Tensor, call: Call) -> Tensor | None:
         """What the linear layer `name` gets; None where it is not called."""
@@ -503,6 +509,8 @@ class _Layer:
 
     def _run_originals(self, batches: list[_Batch]) -> None:
         """The same in the original model."""
+        if batches[0].original is None:
+            return
         with self._as_it_was():
             for batch in batches:
                 if batch.original is not None:
@@ -685,7 +693,7 @@ def _finish(job: _Job, state: _State, tokenizer: PreTrainedTokenizerBase | None,
         weights_sha256=job.checkpoint.hash_weights(),
         meta={
             "rounding": job.rounding,
-            "correct": settings.correct,
+            "correct": settings.correct if job.rounding == "gptq" else 0,
             "search": settings.search,
             "refine": settings.refine,
         },

@@ -5,8 +5,9 @@ keep
 
     sum over the text of |x0 W^T - x Q^T|^2 = sum over the text of |x T^T - x Q^T|^2 + what no Q can change
 
-small, with T = W + W D H^-1, H = 2 X^T X / n and D = 2 (X0 - X)^T X / n: the weight of least squares, which GPTQ then
-quantizes in place of W. H is dampened, so that T stays near W where the text says little.
+small, with T = W + W D H^-1, H = 2 X^T X / n and D = 2 (X0 - X)^T X / n: the weight of least squares. H is dampened,
+so that T stays near W where the text says little. All of the way to T fits the text too closely (docs/log.md): what
+GPTQ quantizes in place of W is W + share W D H^-1.
 Source: GPTAQ, arXiv 2504.02692, section 3, whose objective this is (asymmetric calibration); there it is spread over
 the columns' own steps, here it is solved before the first one. Not here: where x0 comes from (calibrate.py).
 """
@@ -39,7 +40,6 @@ class Drift:
         self._rows = rows
         kind = torch.float64 if columns <= EXACT else torch.float32
         self._sums = torch.zeros(columns if self._left is None else sum(rows), columns, dtype=kind)
-        self._count = 0
 
     def add(self, original: Tensor, x: Tensor) -> None:
         """Both floating [..., columns], the same tokens in the same places.
@@ -54,23 +54,26 @@ class Drift:
             right = now.float()
             moved = before.float() - right
             left = moved if self._left is None else moved @ self._left.float().T
-            self._sums += left.T @ right
-            self._count += len(right)
+            if self._sums.dtype == torch.float32:
+                self._sums.addmm_(left.T, right)
+            else:
+                self._sums += left.T @ right
 
-    def target(self, weight: Tensor, place: int, inputs: Inputs, share: float = 1.0) -> Tensor:
-        """T, float32 [out, in].
+    def target(self, weight: Tensor, place: int, inputs: Inputs, rows: int, share: float = 1.0) -> Tensor:
+        """W + share W D H^-1, float32 [out, in].
 
         Args:
             weight: floating [out, in], the one at `place` among those that were given.
             inputs: what `gptq.factor` made of H over the same text.
-            share: how much of W D H^-1 is added.
+            rows: of that text; those that were not added here count as inputs that did not move.
+            share: how much of the way to T.
         """
         start = sum(self._rows[:place])
-        share, upper, order = 2 * share / max(self._count, 1), inputs.upper, inputs.order
+        share, upper, order = 2 * share / max(rows, 1), inputs.upper, inputs.order
         found = weight.detach().float().clone()
-        rows = max(1, STRIPE // max(weight.shape[1], 1))
-        for first in range(0, len(found), rows):
-            some = found[first : first + rows]
+        at_once = max(1, STRIPE // max(weight.shape[1], 1))
+        for first in range(0, len(found), at_once):
+            some = found[first : first + at_once]
             if self._left is None:
                 moved = some.to(self._sums.dtype) @ self._sums
             else:

@@ -23,8 +23,8 @@ class ModuleResult:
         layer: of which decoder layer, from 0.
         module: its name in there ("self_attn.q_proj").
         shape: (out, in) of its weight.
-        error: sum of the squared changes of its outputs on the calibration text, as a share of the outputs' own; None
-            where no text was run.
+        error: sum of the squared changes of its outputs on the calibration text that rounding makes, as a share of the
+            outputs' own; before rounding its weight is the corrected one (`Gptq.correct`). None where no text was run.
         distance: Frobenius norm of the change of its weight, as a share of the weight's own.
         damp: the dampening that was needed; None without a text.
         dead: columns that never had an input.
