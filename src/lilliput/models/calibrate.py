@@ -443,10 +443,10 @@ class _Layer:
                     sums.add(x)
                     if name in before and _comparable(name, x, batch):
                         names = [other for other in before if before[other] is before[name]]
-                        sums.add_original(before[name], x, names, self._weights(names))
+                        sums.add_original(before.pop(name), x, names, self._weights(names))
                     known[:] = x, sums.factored(self.job.settings)
+            before.pop(name, None)  # the others' stay: one may come when another input is known (parallel attention)
             self.quantize(name, known[1])
-            before.pop(name, None)  # one that shares an input may come after others that do not (parallel attention)
 
         with self._watching(quantize_first):
             batch.hidden.copy_(run_layer(self.layer, batch.hidden, batch.call))
