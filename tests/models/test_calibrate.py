@@ -37,6 +37,19 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """Fills with what the solver is given: (what is quantized in place of a weight, the Hessian)."""
+    solve, seen = calibrate.solve, list[tuple[Tensor, Tensor]]()
+
+    def note(weight: Tensor, inputs: Inputs, settings: Gptq) -> Any:
+        seen.append((weight.clone(), inputs.dampened.clone()))
+        return solve(weight, inputs, settings)
+
+    monkeypatch.setattr(calibrate, "solve", note)
+    return seen
+
+
 def quantize(model: Path, out: Path, settings: Gptq = SMALL, ids: Tensor | None = IDS, **options: Any) -> Any:
     return quantize_gptq(model, out, ids, settings, progress=False, **options)
 
@@ -119,26 +132,19 @@ def test_stages_give_what_one_pass_gives(dense: Path, tmp_path: Path) -> None:
     )
 
 
-def test_stages_see_the_hessians_of_one_pass(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    solve, seen = calibrate.solve, list[tuple[Tensor, Tensor]]()
-
-    def note(weight: Tensor, inputs: Inputs, settings: Gptq) -> Any:
-        seen.append((weight.clone(), inputs.dampened.clone()))
-        return solve(weight, inputs, settings)
-
-    monkeypatch.setattr(calibrate, "solve", note)
+def test_stages_see_the_sums_of_one_pass(dense: Path, tmp_path: Path, solved: list[tuple[Tensor, Tensor]]) -> None:
     quantize(dense, tmp_path / "once", Gptq(bits=8, group=32, correct=1.0))
-    once, seen[:] = list(seen), []
+    once, solved[:] = list(solved), []
     quantize(dense, tmp_path / "staged", Gptq(bits=8, group=32, correct=1.0), memory=TINY)
-    assert len(once) == len(seen) == 21
-    for (target, one), (other_target, other) in zip(once, seen, strict=True):
+    assert len(once) == len(solved) == 21
+    for (target, one), (other_target, other) in zip(once, solved, strict=True):
         assert (one - other).norm() < 0.01 * one.norm()
         assert (target - other_target).norm() < 0.01 * target.norm()
     original = load_model(dense, progress=False).get_submodule("model.layers.0.self_attn.o_proj").weight
-    shift, other_shift = (found[3][0] - original for found in (once, seen))  # before it only q, k and v were rounded
+    shift, other_shift = (found[3][0] - original for found in (once, solved))  # before it only q, k and v were rounded
     assert shift.norm() > 1e-4 * original.norm()
     assert (shift - other_shift).norm() < 0.1 * shift.norm()
-    torch.testing.assert_close(once[0], seen[0], rtol=1e-4, atol=1e-5)  # nothing before it could differ
+    torch.testing.assert_close(once[0], solved[0], rtol=1e-4, atol=1e-5)  # nothing before it could differ
 
 
 @pytest.mark.parametrize("memory", [1.0, TINY])
@@ -154,20 +160,13 @@ def test_layers_make_up_for_the_errors_of_those_before(memory: float, dense: Pat
 
 
 def test_only_layers_with_something_before_them_are_corrected(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, solved: list[tuple[Tensor, Tensor]]
 ) -> None:
-    solve, seen = calibrate.solve, list[Tensor]()
-
-    def note(weight: Tensor, *others: Any) -> Any:
-        seen.append(weight.clone())
-        return solve(weight, *others)
-
-    monkeypatch.setattr(calibrate, "solve", note)
     report = quantize(dense, tmp_path / "out", Gptq(bits=3, group=32))
     original = load_model(dense, progress=False)
     same = [
         original.get_submodule(f"model.layers.{module.layer}.{module.module}").weight.equal(weight)
-        for module, weight in zip(report.modules, seen, strict=True)
+        for module, (weight, _) in zip(report.modules, solved, strict=True)
     ]
     assert same == [True] * 3 + [False] * 18  # q, k and v of the first layer get what they always got
 
@@ -175,28 +174,21 @@ def test_only_layers_with_something_before_them_are_corrected(
 @pytest.mark.parametrize("memory", [1.0, TINY])
 @pytest.mark.parametrize("name", ["falcon", "gpt-neox", "opt"])
 def test_whatever_shape_and_order_a_layer_has_it_is_corrected(
-    name: str, memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, memory: float, tmp_path: Path, solved: list[tuple[Tensor, Tensor]]
 ) -> None:
     """Falcon's attention and MLP share an input with attention's output layer in between; OPT flattens its MLP's."""
     original = make_family(next(row for row in FAMILIES if row.name == name))
     original.save_pretrained(tmp_path / "dense")
-    solve, seen = calibrate.solve, list[Tensor]()
-
-    def note(weight: Tensor, *others: Any) -> Any:
-        seen.append(weight.clone())
-        return solve(weight, *others)
-
-    monkeypatch.setattr(calibrate, "solve", note)
     report = quantize(tmp_path / "dense", tmp_path / "out", Gptq(bits=3, group=32), IDS % VOCABULARY, memory=memory)
     held = dict(original.named_parameters())
-    for module, weight in zip(report.modules, seen, strict=True):
+    for module, (weight, _) in zip(report.modules, solved, strict=True):
         (own,) = (held[key] for key in held if key.endswith(f".{module.layer}.{module.module}.weight"))
         assert module.layer == 0 or not own.equal(weight), module.module
 
 
 @pytest.mark.parametrize("memory", [1.0, TINY])
 def test_inputs_of_some_tokens_only_are_not_compared(
-    memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solved: list[tuple[Tensor, Tensor]]
 ) -> None:
     """An expert's rows are the tokens that chose it: as many in the original model may be others."""
     dense = tmp_path / "dense"
@@ -210,16 +202,9 @@ def test_inputs_of_some_tokens_only_are_not_compared(
         return out
 
     monkeypatch.setattr(LlamaMLP, "forward", of_some)
-    solve, seen = calibrate.solve, list[Tensor]()
-
-    def note(weight: Tensor, *others: Any) -> Any:
-        seen.append(weight.clone())
-        return solve(weight, *others)
-
-    monkeypatch.setattr(calibrate, "solve", note)
     report = quantize(dense, tmp_path / "out", memory=memory)
     original = load_model(dense, progress=False)
-    for module, weight in zip(report.modules, seen, strict=True):
+    for module, (weight, _) in zip(report.modules, solved, strict=True):
         held = original.get_submodule(f"model.layers.{module.layer}.{module.module}").weight
         assert held.equal(weight) == (
             module.module.startswith("mlp.") or (module.layer == 0 and "o_" not in module.module)

@@ -390,8 +390,8 @@ class _Sums:
 
     def factored(self, settings: Gptq) -> _Factored:
         """What becomes of the sums; there are none left."""
-        rows = self.hessian.rows
-        return _Factored(factor(self.hessian.take_mean(), settings), rows, self.drift, self.names, settings.correct)
+        rows, drift, self.drift = self.hessian.rows, self.drift, None
+        return _Factored(factor(self.hessian.take_mean(), settings), rows, drift, self.names, settings.correct)
 
 
 class _Factored:
