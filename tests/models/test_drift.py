@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lilliput.errors import FormatError
 from lilliput.models import drift as module
+from lilliput.models import gptq
 from lilliput.models.drift import Drift
 from lilliput.models.gptq import Gptq, Hessian, Inputs, factor
 
@@ -82,7 +83,7 @@ def test_many_columns_are_summed_in_float32(rows: int, monkeypatch: pytest.Monke
     original, x = texts(64)
     w = torch.randn(rows, 64, generator=torch.Generator().manual_seed(3))
     inputs = factored(x, Gptq(group=32))
-    monkeypatch.setattr(module, "EXACT", 32)
+    monkeypatch.setattr(gptq, "EXACT", 32)
     drift = Drift([w])
     drift.add(original, x)
     found = drift.target(w, 0, inputs, len(x))

@@ -571,7 +571,7 @@ class _Layer:
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def called(module: nn.Module, args: tuple[Any, ...]) -> None:
-                see(name, args[0])
+                see(name, args[0])  # not returned: that would be the layer's input
 
             return called
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lilliput.errors import FormatError
-from lilliput.models.gptq import EXACT, ROWS_AT_ONCE, STRIPE, Inputs
+from lilliput.models.gptq import ROWS_AT_ONCE, STRIPE, Inputs, add_product, no_sums
 
 
 class Drift:
@@ -38,8 +38,7 @@ class Drift:
         rows = [len(weight) for weight in weights]
         self._left = None if sum(rows) >= columns else weights[0] if len(weights) == 1 else torch.cat(list(weights))
         self._rows = rows
-        kind = torch.float64 if columns <= EXACT else torch.float32
-        self._sums = torch.zeros(columns if self._left is None else sum(rows), columns, dtype=kind)
+        self._sums = no_sums(columns if self._left is None else sum(rows), columns)
 
     def add(self, original: Tensor, x: Tensor) -> None:
         """Both floating [..., columns], the same tokens in the same places.
@@ -54,10 +53,7 @@ class Drift:
             right = now.float()
             moved = before.float() - right
             left = moved if self._left is None else moved @ self._left.float().T
-            if self._sums.dtype == torch.float32:
-                self._sums.addmm_(left.T, right)
-            else:
-                self._sums += left.T @ right
+            add_product(self._sums, left, right)
 
     def target(self, weight: Tensor, place: int, inputs: Inputs, rows: int, share: float = 1.0) -> Tensor:
         """W + share W D H^-1, float32 [out, in].

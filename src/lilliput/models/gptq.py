@@ -107,6 +107,19 @@ class Gptq:
         return self.act_order and not self.static_groups
 
 
+def no_sums(rows: int, columns: int) -> Tensor:
+    """Zeros [rows, columns] that products over a text are added to: float64, but float32 for more than 4096 columns."""
+    return torch.zeros(rows, columns, dtype=torch.float64 if columns <= EXACT else torch.float32)
+
+
+def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right to sums [rows, columns]; float32 [n, rows] and [n, columns], n at most ROWS_AT_ONCE."""
+    if sums.dtype == torch.float32:
+        sums.addmm_(left.T, right)  # nothing else of its size is there
+    else:
+        sums += left.T @ right
+
+
 class Hessian:
     """2 X^T X / n, summed up over rows of inputs, and nothing of X is kept.
 
@@ -114,7 +127,7 @@ class Hessian:
     """
 
     def __init__(self, columns: int) -> None:
-        self.sums = torch.zeros(columns, columns, dtype=torch.float64 if columns <= EXACT else torch.float32)
+        self.sums = no_sums(columns, columns)
         self.rows = 0
 
     def add(self, x: Tensor) -> None:
@@ -125,10 +138,7 @@ class Hessian:
         matrix = x.detach().reshape(-1, len(self.sums))
         for some in matrix.split(ROWS_AT_ONCE):
             part = some.float()
-            if self.sums.dtype == torch.float32:
-                self.sums.addmm_(part.T, part)
-            else:
-                self.sums += part.T @ part
+            add_product(self.sums, part, part)
         self.rows += len(matrix)
         if not bool(self.sums.diagonal().isfinite().all()):
             raise FormatError("an input of the layer is NaN or Inf", todo="Check the model with `lilliput eval`.")
